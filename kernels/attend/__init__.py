@@ -1,0 +1,1 @@
+"""Attend: exact attention over ragged sets of kept tokens."""

@@ -1,0 +1,1 @@
+"""Estimate: attention logits of the candidates' tokens."""

@@ -1,0 +1,1 @@
+"""Seal: build a full page's summary from its keys."""

@@ -1,0 +1,1 @@
+"""Twilight decode attention: the plan of a step, the pipeline and SGLang's backend."""
