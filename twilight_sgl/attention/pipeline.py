@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
+from twilight_sgl.attention import selectors
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
-from twilight_sgl.kernels.page_score.reference import page_scores
 from twilight_sgl.kernels.select.reference import select_pages
 from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, top_p_mask
 
@@ -44,7 +44,7 @@ def decode_reference(
             every full page that a sparse row of the plan names.
         sm_scale: softmax scale; logit_cap: soft cap on logits, 0 for none.
     """
-    scores = page_scores(q, cache.min_max, plan.page_ids)
+    scores = selectors.get(selection.selector)(q, cache, plan.page_ids)
     positions, _ = select_pages(
         scores,
         plan.seq_lens,

@@ -15,6 +15,7 @@ class Selection:
         sink_tokens: first tokens of a request that are always kept.
         recent_tokens: last tokens of a request that are always kept.
         estimator: `int4` or `exact`.
+        selector: a name from `twilight_sgl.attention.selectors`.
     """
 
     page_size: int
@@ -22,6 +23,7 @@ class Selection:
     sink_tokens: int
     recent_tokens: int
     estimator: str = "int4"
+    selector: str = "quest"
 
 
 @dataclass(frozen=True)

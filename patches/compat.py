@@ -1,0 +1,35 @@
+"""Accessors that hide how SGLang releases in the supported range differ."""
+
+from typing import Any
+
+
+def resolved(server_args: Any) -> Any:
+    """A view of server arguments after SGLang's own defaults were applied."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    return resolved_view(server_args)
+
+
+def attention_backend_names(server_args: Any) -> tuple[str, str]:
+    """The names of the prefill and the decode attention backend."""
+    view = resolved(server_args)
+    return (
+        view.prefill_attention_backend or view.attention_backend,
+        view.decode_attention_backend or view.attention_backend,
+    )
+
+
+def uses_twilight(server_args: Any) -> bool:
+    """Whether this server decodes with Twilight."""
+    from twilight_sgl.plugin import BACKEND
+
+    return attention_backend_names(server_args)[1] == BACKEND
+
+
+def model_config(server_args: Any) -> Any:
+    """SGLang's ModelConfig of the served model."""
+    if hasattr(server_args, "get_model_config"):  # up to 0.5.17
+        return server_args.get_model_config()
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return model_config_of(server_args)

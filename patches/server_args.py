@@ -1,0 +1,152 @@
+"""Twilight's flags on SGLang's command line, its defaults, and refusals before weights load."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from twilight_sgl import config as twilight_config
+from twilight_sgl.config import PAGE_SIZES, TwilightConfig
+from twilight_sgl.errors import TwilightError
+from twilight_sgl.patches import Patch
+from twilight_sgl.patches.compat import model_config, resolved, uses_twilight
+from twilight_sgl.plugin import BACKEND
+
+SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "float16", "float32", "fp8_e4m3")
+
+# Modes under which a page id means something else, or in which no decode step of ours exists.
+REFUSED_MODES = {
+    "enable_unified_memory": "--enable-unified-memory gives pages virtual ids",
+    "enable_hisparse": "--enable-hisparse gives pages virtual ids",
+    "enable_kv_cache_sharding": "--enable-kv-cache-sharding interleaves pages over ranks",
+    "enable_two_batch_overlap": "--enable-two-batch-overlap splits decode batches",
+    "enable_pdmux": "--enable-pdmux runs several decode backends on one pool",
+    "prefill_only_disable_kv_cache": "--prefill-only-disable-kv-cache keeps no KV cache",
+    "dllm_algorithm": "--dllm-algorithm decodes blocks, not tokens",
+}
+
+
+def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
+    twilight_config.add_flags(parser)
+
+
+def _read_flags(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """SGLang drops attributes it does not know, so they go where its workers can read them."""
+    twilight_config.from_flags(args).to_environment()
+    return original(cls, args)
+
+
+def _apply_defaults(server_args: Any) -> None:
+    for name in ("attention_backend", "prefill_attention_backend"):
+        if getattr(server_args, name) == BACKEND:
+            raise TwilightError(
+                f"--{name.replace('_', '-')} {BACKEND}: Twilight only decodes; "
+                f"use --decode-attention-backend {BACKEND}"
+            )
+    if server_args.decode_attention_backend != BACKEND:
+        return
+    config = TwilightConfig.from_environment()
+    if server_args.page_size is None:
+        server_args.page_size = config.page_size
+    elif server_args.page_size != config.page_size:
+        if config.page_size != TwilightConfig.page_size:
+            raise TwilightError(
+                f"--page-size {server_args.page_size} and --twilight-page-size "
+                f"{config.page_size} differ; give one of them"
+            )
+        if server_args.page_size not in PAGE_SIZES:
+            raise TwilightError(
+                f"--page-size {server_args.page_size} is not one that Twilight can summarise; "
+                f"use one of {', '.join(map(str, PAGE_SIZES))}"
+            )
+        config = replace(config, page_size=server_args.page_size)
+    config.to_environment()
+
+
+def _refuse_unsupported(server_args: Any) -> None:
+    if not uses_twilight(server_args):
+        return
+    view = resolved(server_args)
+    remedy = "drop the flag, or use another --decode-attention-backend"
+    config = TwilightConfig.from_environment()
+    if view.page_size != config.page_size:
+        raise TwilightError(
+            f"--page-size is {view.page_size} after SGLang's own adjustments, Twilight's "
+            f"{config.page_size}: another flag forces it; {remedy}"
+        )
+    for name, reason in REFUSED_MODES.items():
+        if getattr(view, name, None):
+            raise TwilightError(f"{reason}, which Twilight cannot follow; {remedy}")
+    if getattr(view, "dcp_size", 1) > 1:
+        raise TwilightError(
+            f"--dcp-size {view.dcp_size} widens pages over ranks, which Twilight cannot follow; "
+            f"{remedy}"
+        )
+    if view.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise TwilightError(
+            f"--kv-cache-dtype {view.kv_cache_dtype}: Twilight reads {', '.join(KV_CACHE_DTYPES)}"
+        )
+    if view.speculative_algorithm and view.speculative_attention_mode == "decode":
+        raise TwilightError(
+            "--speculative-attention-mode decode sends verification to Twilight, which decodes "
+            "one token a request; use --speculative-attention-mode prefill"
+        )
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        raise TwilightError(
+            "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING sizes the KV pool twice, which Twilight's "
+            "summaries cannot follow; unset it"
+        )
+    _refuse_model(model_config(server_args))
+
+
+def _refuse_model(model: Any) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    remedy = "use another --decode-attention-backend for it"
+    if model.attention_arch == AttentionArch.MLA:
+        raise TwilightError(
+            f"{model.model_path} uses multi-head latent attention (MLA), which has no keys per "
+            f"head to summarise; {remedy}"
+        )
+    if model.is_encoder_decoder:
+        raise TwilightError(f"{model.model_path} is an encoder-decoder model; {remedy}")
+    if getattr(model, "has_attention_sinks", False):
+        raise TwilightError(
+            f"{model.model_path} has learned attention sinks, which Twilight does not "
+            f"weigh; {remedy}"
+        )
+
+
+PATCHES = [
+    Patch(
+        f"{SERVER_ARGS}.add_cli_args",
+        "after",
+        _add_flags,
+        "--twilight-* flags appear in --help and in --config files",
+        ("parser",),
+    ),
+    Patch(
+        f"{SERVER_ARGS}.from_cli_args",
+        "around",
+        _read_flags,
+        "SGLang drops flags it does not know",
+        ("args",),
+    ),
+    Patch(
+        f"{SERVER_ARGS}.__post_init__",
+        "before",
+        _apply_defaults,
+        "the KV pool's pages must be those that are summarised",
+        ("self",),
+    ),
+    Patch(
+        f"{SERVER_ARGS}.check_server_args",
+        "before",
+        _refuse_unsupported,
+        "what cannot work is refused before weights load",
+        ("self",),
+    ),
+]

@@ -1,0 +1,250 @@
+"""The decode pipeline of one layer in Triton: five launches, no allocation, no synchronisation."""
+
+import torch
+import triton
+
+from twilight_sgl.attention.pipeline import LayerOutput
+from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
+from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
+from twilight_sgl.kernels.estimate.triton import estimate_logits
+from twilight_sgl.kernels.launch import is_interpreted
+from twilight_sgl.kernels.page_score.triton import page_scores
+from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
+from twilight_sgl.kernels.top_p.triton import BISECTION_STEPS, top_p_thresholds
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_SIZES = (16, 32, 64)
+MAX_GROUP = 16
+MAX_PAGES = 32768
+CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+
+
+def supports(
+    *,
+    heads_q: int,
+    heads_kv: int,
+    dim: int,
+    dim_v: int,
+    page_size: int,
+    q_dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    max_context: int,
+    device: torch.device,
+) -> tuple[bool, str]:
+    """Whether the Triton pipeline can serve a model, and if not, why."""
+    interpreted = is_interpreted()
+    if device.type != "cuda" and not interpreted:
+        return False, f"needs a CUDA device, got {device}"
+    if heads_q % heads_kv or heads_q // heads_kv > MAX_GROUP:
+        return False, f"needs 1 to {MAX_GROUP} query heads a KV head, got {heads_q} / {heads_kv}"
+    if dim not in HEAD_DIMS or dim_v not in HEAD_DIMS:
+        return False, f"head dims are one of {HEAD_DIMS}, got {dim} and {dim_v}"
+    if page_size not in PAGE_SIZES:
+        return False, f"page size is one of {PAGE_SIZES}, got {page_size}"
+    if triton.cdiv(max_context, page_size) > MAX_PAGES:
+        return False, f"at most {MAX_PAGES} pages a request, got {max_context} tokens of context"
+    float32 = q_dtype == cache_dtype == torch.float32
+    if not float32 and q_dtype not in (torch.bfloat16, torch.float16):
+        return False, f"queries are bfloat16 or float16, got {q_dtype}"
+    if not float32 and cache_dtype not in CACHE_DTYPES:
+        return False, f"the KV cache is one of {CACHE_DTYPES}, got {cache_dtype}"
+    if cache_dtype in (torch.bfloat16, torch.float16) and cache_dtype != q_dtype:
+        return False, f"queries are {q_dtype}, the KV cache {cache_dtype}"
+    return True, ""
+
+
+class TritonDecode:
+    """Runs the decode pipeline of layers that share one shape, from static workspaces.
+
+    Every call launches the same grids on the same memory whatever the plan says, so it can be
+    captured in a CUDA graph, and gives the same bits each time. The workspaces hold no state
+    between calls: one object serves all layers and batch sizes of a stream.
+
+    Args:
+        max_batch: most requests of a plan.
+        max_context: most tokens of a request.
+        heads_q, heads_kv, dim, dim_v: HQ, HK, D, DV.
+        selection: what to keep; its `estimator` chooses INT4 or exact keys.
+        device: where the KV pool lives.
+        prune: False attends to every candidate (the selector alone, no top-p).
+        logits_dtype: in which estimated logits are kept; float16 rounds them to 11 bits.
+        top_p_steps: halvings of the search for the threshold, see `top_p_thresholds`.
+
+    Raises:
+        ValueError: the shape is not supported.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_context: int,
+        heads_q: int,
+        heads_kv: int,
+        dim: int,
+        dim_v: int,
+        selection: Selection,
+        q_dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+        device: torch.device | str,
+        prune: bool = True,
+        logits_dtype: torch.dtype = torch.float16,
+        top_p_steps: int = BISECTION_STEPS,
+    ) -> None:
+        device = torch.device(device)
+        ok, reason = supports(
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            dim=dim,
+            dim_v=dim_v,
+            page_size=selection.page_size,
+            q_dtype=q_dtype,
+            cache_dtype=cache_dtype,
+            max_context=max_context,
+            device=device,
+        )
+        if not ok:
+            raise ValueError(f"the Triton decode pipeline {reason}")
+        self.selection = selection
+        self.prune = prune
+        self.max_batch = max_batch
+        self.columns = triton.cdiv(max_context, selection.page_size)
+        self.top_p_steps = top_p_steps
+        self._use_codes = prune and selection.estimator != "exact"
+        page_size = selection.page_size
+        width = max_candidate_pages(
+            self.columns,
+            selection.budget,
+            page_size,
+            selection.sink_tokens,
+            selection.recent_tokens,
+        )
+
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        pairs = (max_batch, heads_kv)
+        self.scores = empty(*pairs, self.columns, dtype=torch.float32)
+        self.positions = empty(*pairs, width, dtype=torch.int32)
+        self.candidate_page_ids = empty(*pairs, width, dtype=torch.int32)
+        self.counts = empty(*pairs, dtype=torch.int32)
+        self.candidate_tokens = empty(*pairs, dtype=torch.int32)
+        self.kept_tokens = empty(*pairs, dtype=torch.int32)
+        self.budgets = budget_table(self.columns, selection.budget, page_size, device)
+        self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
+        self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
+        self.logits = self.thresholds = self.q_codes = self.q_scale_sum = None
+        if prune:
+            self.logits = empty(max_batch, heads_q, width * page_size, dtype=logits_dtype)
+            self.thresholds = empty(max_batch, heads_q, dtype=torch.float32)
+        if self._use_codes:
+            self.q_codes = empty(max_batch, heads_q, 2, dim, dtype=torch.int8)
+            self.q_scale_sum = empty(max_batch, heads_q, 2, dtype=torch.float32)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        plan: DecodePlan,
+        *,
+        sm_scale: float,
+        logit_cap: float = 0.0,
+        out: torch.Tensor | None = None,
+    ) -> LayerOutput:
+        """Run one layer; what `decode_reference` computes.
+
+        Args:
+            q: [B, HQ, D], last dimension contiguous.
+            cache: the layer's KV cache with this step's key and value, and summaries of every
+                full page that a sparse row of the plan names.
+            out: [B, HQ, DV] for the output; the object's own memory by default.
+        Returns:
+            Output in q's dtype, zeros for padded rows. The three tensors are overwritten by the
+            next call (`out` by its owner).
+        """
+        batch = q.shape[0]
+        if batch > self.max_batch or plan.page_ids.shape[-1] > self.columns:
+            raise ValueError(
+                f"a plan of {batch} rows x {plan.page_ids.shape[-1]} pages does not fit "
+                f"max_batch {self.max_batch} x {self.columns} pages"
+            )
+        selection = self.selection
+        out = self.out[:batch] if out is None else out
+        counts = self.counts[:batch]
+        positions, candidate_page_ids = self.positions[:batch], self.candidate_page_ids[:batch]
+        candidate_tokens, kept_tokens = self.candidate_tokens[:batch], self.kept_tokens[:batch]
+        scores = self.scores[:batch]
+        logits = thresholds = q_codes = q_scale_sum = None
+        if self.q_codes is not None and self.q_scale_sum is not None:
+            q_codes, q_scale_sum = self.q_codes[:batch], self.q_scale_sum[:batch]
+
+        page_scores(
+            q,
+            cache.min_max,
+            plan.page_ids,
+            plan.seq_lens,
+            plan.sparse,
+            scores,
+            page_size=selection.page_size,
+        )
+        select_pages(
+            scores,
+            plan.page_ids,
+            plan.seq_lens,
+            plan.sparse,
+            self.budgets,
+            q,
+            positions,
+            candidate_page_ids,
+            counts,
+            candidate_tokens,
+            kept_tokens,
+            q_codes,
+            q_scale_sum,
+            out,
+            page_size=selection.page_size,
+            sink_tokens=selection.sink_tokens,
+            recent_tokens=selection.recent_tokens,
+            count_kept=self.prune,
+        )
+        if self.logits is not None and self.thresholds is not None:
+            logits, thresholds = self.logits[:batch], self.thresholds[:batch]
+            estimate_logits(
+                q,
+                cache.keys,
+                cache.codes if self._use_codes else None,
+                cache.scale_zero if self._use_codes else None,
+                q_codes,
+                q_scale_sum,
+                candidate_page_ids,
+                counts,
+                plan.seq_lens,
+                logits,
+                sm_scale=sm_scale,
+                logit_cap=logit_cap,
+            )
+            top_p_thresholds(
+                logits, plan.p, counts, candidate_tokens, thresholds, steps=self.top_p_steps
+            )
+        attend(
+            q,
+            cache.keys,
+            cache.values,
+            plan.page_ids,
+            plan.seq_lens,
+            plan.sparse,
+            positions,
+            candidate_page_ids,
+            counts,
+            candidate_tokens,
+            logits,
+            thresholds,
+            kept_tokens,
+            self.attend_workspace,
+            out,
+            sink_tokens=selection.sink_tokens,
+            recent_tokens=selection.recent_tokens,
+            sm_scale=sm_scale,
+            logit_cap=logit_cap,
+        )
+        return LayerOutput(out, candidate_tokens, kept_tokens)

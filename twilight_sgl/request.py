@@ -1,0 +1,53 @@
+"""What one request may ask of Twilight: `custom_params: {"twilight": {...}}`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twilight_sgl.errors import TwilightError
+
+KEY = "twilight"
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """One request's options.
+
+    Attributes:
+        p: the mass to keep, in (0, 1]; None for the server's.
+        enabled: False to attend to everything.
+    """
+
+    p: float | None = None
+    enabled: bool = True
+
+    @classmethod
+    def from_custom_params(cls, custom_params: Mapping[str, Any] | None) -> "RequestOptions":
+        """Read a request's `custom_params`; other top-level keys are not ours.
+
+        Raises:
+            TwilightError: an unknown key, a wrong type or a p out of range.
+        """
+        if not isinstance(custom_params, Mapping) or KEY not in custom_params:
+            return cls()
+        values = custom_params[KEY]
+        if not isinstance(values, Mapping):
+            raise TwilightError(f"custom_params.{KEY} must be an object, got {values!r}")
+        unknown = sorted(set(values) - {"p", "enabled"}, key=str)
+        if unknown:
+            raise TwilightError(
+                f"custom_params.{KEY} has unknown field {', '.join(map(repr, unknown))}; "
+                "known: 'p', 'enabled'"
+            )
+        p, enabled = values.get("p"), values.get("enabled", True)
+        if not isinstance(enabled, bool):
+            raise TwilightError(f"custom_params.{KEY}.enabled must be true or false, got {enabled!r}")
+        if p is not None and (
+            isinstance(p, bool)
+            or not isinstance(p, (int, float))
+            or not math.isfinite(p)
+            or not 0 < p <= 1
+        ):
+            raise TwilightError(f"custom_params.{KEY}.p must be a number in (0, 1], got {p!r}")
+        return cls(None if p is None else float(p), enabled)
