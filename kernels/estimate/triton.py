@@ -1,0 +1,320 @@
+"""Estimated logits in Triton: INT4 keys on the integer tensor cores.
+
+A query is written as two int8 digits, q ~ s * (q1 + q2 / 254), which holds 16 bits of it, so that
+
+    q . (code * scale + zero) = scale * s * (q1 . code + q2 . code / 254) + zero * sum(q)
+
+needs no conversion of a code to a floating-point number: unpacking four bytes takes a mask, and one
+more with a shift. The sums of products are exact.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from twilight_sgl.kernels.launch import (
+    compute_dtype,
+    grid_programs,
+    is_interpreted,
+    locate_block,
+    soft_cap_logits,
+)
+
+_BLOCK_TOKENS = 128
+
+
+@triton.jit
+def _round(x):
+    return (x + 12582912.0) - 12582912.0  # ties to even, for |x| < 2**22
+
+
+@triton.jit
+def quantize_query(
+    q_ptr,
+    q_codes_ptr,
+    q_scale_sum_ptr,
+    stride_head,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Write a group's queries as two int8 digits a channel.
+
+    Args:
+        q_ptr: the group's [G, D]; stride_head between heads.
+        q_codes_ptr: its [G, 2, D] int8; q_scale_sum_ptr: its [G, 2] float32, the scale s and
+            the sum of q over channels.
+    """
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, D_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < D)
+    q = tl.load(q_ptr + head[:, None] * stride_head + channel[None, :], inside, other=0.0)
+    q = q.to(tl.float32)
+    largest = tl.max(tl.abs(q), 1)
+    scale = tl.where(largest > 0, largest, 1.0) / 127.0
+    scaled = q / scale[:, None]
+    first = _round(scaled)
+    second = _round((scaled - first) * 254.0)
+    codes_ptr = q_codes_ptr + head[:, None] * (2 * D) + channel[None, :]
+    tl.store(codes_ptr, first.to(tl.int8), inside)
+    tl.store(codes_ptr + D, second.to(tl.int8), inside)
+    tl.store(q_scale_sum_ptr + head * 2, scale, head < G)
+    tl.store(q_scale_sum_ptr + head * 2 + 1, tl.sum(q, 1), head < G)
+
+
+@triton.jit
+def _unpack(packed, PACKED_ASM: tl.constexpr):
+    """Split bytes into low and high nibbles as int8."""
+    if PACKED_ASM:
+        low, high = tl.inline_asm_elementwise(
+            "{ and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F; }",
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low = (packed & 0xF).to(tl.int8)
+        high = (packed >> 4).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def _exact_logits(
+    q_ptr,
+    keys_ptr,
+    slots,
+    slots_inside,
+    stride_q_head,
+    stride_slot,
+    COMPUTE: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """[G_PAD, tokens] float32 products of the group's queries with keys at slots."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, D_PAD)
+    q = tl.load(
+        q_ptr + head[:, None] * stride_q_head + channel[None, :],
+        (head[:, None] < G) & (channel[None, :] < D),
+        other=0.0,
+    )
+    keys = tl.load(
+        keys_ptr + slots[:, None] * stride_slot + channel[None, :],
+        slots_inside[:, None] & (channel[None, :] < D),
+        other=0.0,
+    )
+    return tl.dot(q.to(COMPUTE), tl.trans(keys.to(COMPUTE)), input_precision="ieee")
+
+
+@triton.jit
+def _estimate_kernel(
+    q_ptr,
+    keys_ptr,
+    codes_ptr,
+    scale_zero_ptr,
+    q_codes_ptr,
+    q_scale_sum_ptr,
+    candidate_page_ids_ptr,
+    counts_ptr,
+    seq_lens_ptr,
+    logits_ptr,
+    batch,
+    width,
+    stride_q_row,
+    stride_q_head,
+    stride_slot,
+    stride_key_head,
+    sm_scale,
+    logit_cap,
+    HAS_CAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    PS: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED_ASM: tl.constexpr,
+):
+    PAGES: tl.constexpr = BLOCK // PS
+    HALF: tl.constexpr = D // 2
+    rows = tl.arange(0, BATCH_PAD)
+    counts = tl.load(counts_ptr + rows * HK, rows < batch, other=0)
+    blocks = (counts + PAGES - 1) // PAGES
+    ends = tl.cumsum(blocks, 0)
+    head = tl.arange(0, G_PAD)
+    token = tl.arange(0, BLOCK)
+    for item in range(tl.program_id(0), tl.sum(blocks, 0) * HK, tl.num_programs(0)):
+        row, head_kv, block = locate_block(item, blocks, ends, HK)
+        pair = (row * HK + head_kv).to(tl.int64)
+        count = tl.load(counts_ptr + pair)
+        length = tl.load(seq_lens_ptr + row)
+        candidate = block * PAGES + token // PS  # [BLOCK]
+        open_tokens = (length - 1) % PS + 1
+        inside = (candidate < count - 1) | ((candidate == count - 1) & (token % PS < open_tokens))
+        pages_ptr = candidate_page_ids_ptr + pair * width
+        page = tl.load(pages_ptr + candidate, candidate < count, other=0).to(tl.int64)
+        q_group_ptr = q_ptr + row.to(tl.int64) * stride_q_row + head_kv * G * stride_q_head
+        keys_head_ptr = keys_ptr + head_kv * stride_key_head
+        out = logits_ptr + (pair * G + head[:, None]) * (width * PS)
+        out += (block * BLOCK + token)[None, :]
+        if EXACT:
+            logits = _exact_logits(
+                q_group_ptr,
+                keys_head_ptr,
+                page * PS + token % PS,
+                inside,
+                stride_q_head,
+                stride_slot,
+                COMPUTE,
+                G,
+                G_PAD,
+                D,
+                D_PAD,
+            )
+            logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
+            store = (head[:, None] < G) & inside[None, :]
+            tl.store(out, logits.to(logits_ptr.dtype.element_ty), store)
+        else:
+            sealed = candidate < count - 1  # the last candidate is the open page
+            channel = tl.arange(0, HALF_PAD)
+            code_row = (page * HK + head_kv) * PS + token % PS
+            packed = tl.load(
+                codes_ptr + code_row[:, None] * HALF + channel[None, :],
+                sealed[:, None] & (channel[None, :] < HALF),
+                other=0,
+            )
+            scale = tl.load(scale_zero_ptr + code_row * 2, sealed, other=0.0).to(tl.float32)
+            zero = tl.load(scale_zero_ptr + code_row * 2 + 1, sealed, other=0.0).to(tl.float32)
+            digit_ptr = q_codes_ptr + (pair * G + head[:, None]) * (2 * D) + channel[None, :]
+            digit_inside = (head[:, None] < G) & (channel[None, :] < HALF)
+            low, high = _unpack(packed, PACKED_ASM)
+            low = tl.trans(low)
+            high = tl.trans(high)  # [HALF_PAD, BLOCK]
+            first = tl.dot(
+                tl.load(digit_ptr, digit_inside, other=0), low, out_dtype=tl.int32
+            )
+            first = tl.dot(
+                tl.load(digit_ptr + HALF, digit_inside, other=0), high, first, out_dtype=tl.int32
+            )
+            second = tl.dot(
+                tl.load(digit_ptr + D, digit_inside, other=0), low, out_dtype=tl.int32
+            )
+            second = tl.dot(
+                tl.load(digit_ptr + D + HALF, digit_inside, other=0),
+                high,
+                second,
+                out_dtype=tl.int32,
+            )
+            scale_sum_ptr = q_scale_sum_ptr + (pair * G + head) * 2
+            q_scale = tl.load(scale_sum_ptr, head < G, other=0.0) * sm_scale
+            q_sum = tl.load(scale_sum_ptr + 1, head < G, other=0.0) * sm_scale
+            products = first.to(tl.float32) + second.to(tl.float32) * (1.0 / 254.0)
+            logits = products * q_scale[:, None] * scale[None, :] + q_sum[:, None] * zero[None, :]
+            logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
+            store = (head[:, None] < G) & sealed[None, :]
+            tl.store(out, logits.to(logits_ptr.dtype.element_ty), store)
+            if (block + 1) * PAGES >= count:
+                offset = tl.arange(0, PS)
+                open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
+                open_inside = offset < open_tokens
+                logits = _exact_logits(
+                    q_group_ptr,
+                    keys_head_ptr,
+                    open_page * PS + offset,
+                    open_inside,
+                    stride_q_head,
+                    stride_slot,
+                    COMPUTE,
+                    G,
+                    G_PAD,
+                    D,
+                    D_PAD,
+                )
+                logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
+                out = logits_ptr + (pair * G + head[:, None]) * (width * PS)
+                out += ((count - 1) * PS + offset)[None, :]
+                store = (head[:, None] < G) & open_inside[None, :]
+                tl.store(out, logits.to(logits_ptr.dtype.element_ty), store)
+
+
+def estimate_logits(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    codes: torch.Tensor | None,
+    scale_zero: torch.Tensor | None,
+    q_codes: torch.Tensor | None,
+    q_scale_sum: torch.Tensor | None,
+    candidate_page_ids: torch.Tensor,
+    counts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    logits: torch.Tensor,
+    *,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> None:
+    """Estimate the scaled logits of the candidates' tokens (Twilight, arXiv 2502.02770, 4.2).
+
+    Full pages are read from their INT4 keys, the open page, the last candidate, from the key
+    cache; with codes None all are (the `exact` estimator).
+
+    Args:
+        q: [B, HQ, D].
+        key_cache: [P, PS, HK, D] one layer's keys by page.
+        codes, scale_zero: [P, HK, PS, D // 2] uint8, [P, HK, PS, 2] float16, or None.
+        q_codes, q_scale_sum: from `quantize_query`, or None.
+        candidate_page_ids, counts: [B, HK, C] and [B, HK] int32 from `select_pages`; a row's
+            heads all have the same count.
+        seq_lens: [B] int32.
+        logits: [B, HQ, C * PS] float16 or float32, written where there is a token, in the order
+            of the candidates; the rest keeps what it held.
+        sm_scale, logit_cap: softmax scale and soft cap, 0 for none.
+    """
+    batch, heads_q, dim = q.shape
+    page_size, heads_kv = key_cache.shape[1:3]
+    group = heads_q // heads_kv
+    block = max(_BLOCK_TOKENS, page_size)
+    _estimate_kernel[(grid_programs(q.device, 12),)](
+        q,
+        key_cache,
+        codes,
+        scale_zero,
+        q_codes,
+        q_scale_sum,
+        candidate_page_ids,
+        counts,
+        seq_lens,
+        logits,
+        batch,
+        candidate_page_ids.shape[-1],
+        q.stride(0),
+        q.stride(1),
+        key_cache.stride(1),
+        key_cache.stride(2),
+        sm_scale,
+        logit_cap,
+        HAS_CAP=logit_cap != 0,
+        EXACT=codes is None,
+        COMPUTE=compute_dtype(q.dtype),
+        HK=heads_kv,
+        G=group,
+        G_PAD=max(16, triton.next_power_of_2(group)),
+        D=dim,
+        D_PAD=triton.next_power_of_2(dim),
+        HALF_PAD=max(32, triton.next_power_of_2(dim // 2)),
+        PS=page_size,
+        BATCH_PAD=triton.next_power_of_2(batch),
+        BLOCK=block,
+        PACKED_ASM=not is_interpreted(),
+        num_warps=4,
+        num_stages=1,
+    )

@@ -1,0 +1,60 @@
+"""What the Triton kernels share: how work is laid over a fixed grid, and launch choices."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _multiprocessors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def grid_programs(device: torch.device, per_multiprocessor: int) -> int:
+    """Programs of a grid that loops over device-counted work; small under the interpreter."""
+    if is_interpreted():
+        return 3
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return _multiprocessors(index) * per_multiprocessor
+
+
+def compute_dtype(q_dtype: torch.dtype) -> tl.dtype:
+    """Dtype of the products with q: q's own, float32 under the interpreter (no bfloat16 there)."""
+    if is_interpreted() or q_dtype == torch.float32:
+        return tl.float32
+    return tl.bfloat16 if q_dtype == torch.bfloat16 else tl.float16
+
+
+@triton.jit
+def locate_block(item, row_blocks, row_ends, HK: tl.constexpr):
+    """Map an item of flat ragged work to its row, KV head and block of the row.
+
+    Items run over KV heads fastest, then blocks, then rows, so that programs that run together
+    read neighbouring memory.
+
+    Args:
+        item: scalar, below sum(row_blocks) * HK.
+        row_blocks: [BP] int32 blocks of every row; row_ends: their inclusive sums.
+    """
+    index = item // HK
+    before = row_ends <= index
+    row = tl.sum(before.to(tl.int32), 0)
+    first = tl.sum(tl.where(before, row_blocks, 0), 0)
+    return row, item % HK, index - first
+
+
+@triton.jit
+def soft_cap_logits(logits, logit_cap, HAS_CAP: tl.constexpr):
+    """logit_cap * tanh(logits / logit_cap), in float32."""
+    if HAS_CAP:
+        x = tl.minimum(tl.maximum(logits / logit_cap, -20.0), 20.0)
+        e = tl.exp(-2.0 * x)
+        logits = logit_cap * (1.0 - e) / (1.0 + e)
+    return logits

@@ -1,0 +1,113 @@
+"""Quest page bounds in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+
+from twilight_sgl.kernels.launch import compute_dtype, grid_programs, locate_block
+
+_BLOCK_PAGES = 64
+
+
+@triton.jit
+def _page_score_kernel(
+    q_ptr,
+    min_max_ptr,
+    page_ids_ptr,
+    seq_lens_ptr,
+    sparse_ptr,
+    scores_ptr,
+    batch,
+    columns,
+    stride_q_row,
+    stride_q_head,
+    stride_page_ids,
+    COMPUTE: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PS: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.arange(0, BATCH_PAD)
+    real = rows < batch
+    lengths = tl.load(seq_lens_ptr + rows, real, other=0)
+    is_sparse = tl.load(sparse_ptr + rows, real, other=0) != 0
+    full_pages = tl.where(is_sparse, tl.maximum(lengths - 1, 0) // PS, 0)
+    blocks = (full_pages + BLOCK - 1) // BLOCK
+    ends = tl.cumsum(blocks, 0)
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, D_PAD)
+    q_inside = (head[:, None] < G) & (channel[None, :] < D)
+    for item in range(tl.program_id(0), tl.sum(blocks, 0) * HK, tl.num_programs(0)):
+        row, head_kv, block = locate_block(item, blocks, ends, HK)
+        row_pages = tl.maximum(tl.load(seq_lens_ptr + row) - 1, 0) // PS
+        position = block * BLOCK + tl.arange(0, BLOCK)
+        inside = position < row_pages
+        row64 = row.to(tl.int64)
+        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, inside, other=0)
+        base = (page.to(tl.int64) * HK + head_kv) * (2 * D)
+        bounds_ptr = min_max_ptr + base[:, None] + channel[None, :]
+        bounds_inside = inside[:, None] & (channel[None, :] < D)
+        low = tl.load(bounds_ptr, bounds_inside, other=0.0).to(COMPUTE)  # [BLOCK, D_PAD]
+        high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
+        q_row = q_ptr + row64 * stride_q_row + (head_kv * G + head)[:, None] * stride_q_head
+        q = tl.load(q_row + channel[None, :], q_inside, other=0.0).to(tl.float32)
+        positive = tl.maximum(q, 0.0).to(COMPUTE)
+        negative = tl.minimum(q, 0.0).to(COMPUTE)
+        bound = tl.dot(positive, tl.trans(high), input_precision="ieee")
+        bound = tl.dot(negative, tl.trans(low), bound, input_precision="ieee")  # [G_PAD, BLOCK]
+        bound = tl.max(tl.where(head[:, None] < G, bound, -float("inf")), 0)
+        out = scores_ptr + (row64 * HK + head_kv) * columns + position
+        tl.store(out, bound, inside)
+
+
+def page_scores(
+    q: torch.Tensor,
+    min_max: torch.Tensor,
+    page_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sparse: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    page_size: int,
+) -> None:
+    """Upper bound of q . k over each full page of sparse rows (Quest, arXiv 2406.10774, eq. 2).
+
+    Args:
+        q: [B, HQ, D], last dimension contiguous.
+        min_max: [P, HK, 2, D] page summaries of one layer.
+        page_ids: [B, T] int32; seq_lens: [B] int32; sparse: [B] bool: see `DecodePlan`.
+        scores: [B, HK, T] float32, written for the pages before the one that holds the newest
+            token; the rest keeps what it held.
+        page_size: PS, tokens.
+    """
+    batch, heads_q, dim = q.shape
+    heads_kv = min_max.shape[1]
+    _page_score_kernel[(grid_programs(q.device, 12),)](
+        q,
+        min_max,
+        page_ids,
+        seq_lens,
+        sparse,
+        scores,
+        batch,
+        scores.shape[-1],
+        q.stride(0),
+        q.stride(1),
+        page_ids.stride(0),
+        COMPUTE=compute_dtype(q.dtype),
+        HK=heads_kv,
+        G=heads_q // heads_kv,
+        G_PAD=max(16, triton.next_power_of_2(heads_q // heads_kv)),
+        D=dim,
+        D_PAD=triton.next_power_of_2(dim),
+        PS=page_size,
+        BATCH_PAD=triton.next_power_of_2(batch),
+        BLOCK=_BLOCK_PAGES,
+        num_warps=4,
+        num_stages=1,
+    )

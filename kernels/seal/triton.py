@@ -1,0 +1,237 @@
+"""Page summaries in Triton: claim the pages that need one, then build them, all layers at once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from twilight_sgl.kernels.launch import grid_programs
+from twilight_sgl.kernels.seal.reference import FLOAT16_MAX, INT4_LEVELS
+
+_CLAIM_BLOCK = 1024
+_TILE_ELEMENTS = 4096
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+
+
+@triton.jit
+def _claim_kernel(
+    page_ids_ptr,
+    seq_lens_ptr,
+    sparse_ptr,
+    sealed_ptr,
+    claimed_ptr,
+    num_claimed_ptr,
+    total_ptr,
+    stride_row,
+    PS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    length = tl.load(seq_lens_ptr + row)
+    full_pages = tl.where(tl.load(sparse_ptr + row) != 0, tl.maximum(length - 1, 0) // PS, 0)
+    for start in range(tl.program_id(1) * BLOCK, full_pages, tl.num_programs(1) * BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < full_pages
+        page = tl.load(page_ids_ptr + row.to(tl.int64) * stride_row + column, inside, other=0)
+        flag = tl.load(sealed_ptr + page, inside, other=1)
+        fresh = inside & (flag == 0)
+        if tl.max(fresh.to(tl.int32), 0) > 0:
+            was = tl.atomic_xchg(sealed_ptr + page, 1, fresh)
+            won = (fresh & (was == 0)).to(tl.int32)
+            count = tl.sum(won, 0)
+            first = tl.atomic_add(num_claimed_ptr, count)
+            tl.atomic_add(total_ptr, count.to(tl.int64))
+            slot = first + tl.cumsum(won, 0) - 1
+            tl.store(claimed_ptr + slot, page, won != 0)
+
+
+def claim_pages(
+    page_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sparse: torch.Tensor,
+    sealed: torch.Tensor,
+    claimed_page_ids: torch.Tensor,
+    num_claimed: torch.Tensor,
+    total_claimed: torch.Tensor,
+    *,
+    page_size: int,
+) -> None:
+    """List the full pages of sparse rows that have no summary yet, each once, and mark them.
+
+    A page is full when it lies before the one that holds the newest token. Everything stays on
+    the device; the call can be captured in a CUDA graph.
+
+    Args:
+        page_ids: [B, T] int32, seq_lens: [B] int32, sparse: [B] bool: see `DecodePlan`.
+        sealed: [P] int32 flags by physical page; set to 1 for the listed pages.
+        claimed_page_ids: [P] int32, written; the order of pages in it is not defined.
+        num_claimed: [1] int32, overwritten with the pages listed by this call.
+        total_claimed: [1] int64, increased by as many.
+        page_size: PS, tokens.
+    """
+    num_claimed.zero_()
+    batch, columns = page_ids.shape
+    grid = (batch, min(8, triton.cdiv(columns, _CLAIM_BLOCK)))
+    _claim_kernel[grid](
+        page_ids,
+        seq_lens,
+        sparse,
+        sealed,
+        claimed_page_ids,
+        num_claimed,
+        total_claimed,
+        page_ids.stride(0),
+        PS=page_size,
+        BLOCK=_CLAIM_BLOCK,
+    )
+
+
+@triton.jit
+def _codes(keys, zero, step, LEVELS: tl.constexpr):
+    """Nearest code, ties to even: adding 1.5 * 2**23 leaves no bits below 1."""
+    x = tl.div_rn(keys - zero, tl.zeros_like(keys) + step)
+    x = tl.minimum(tl.maximum(x, 0.0), LEVELS)
+    return ((x + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def _seal_kernel(
+    key_pointers_ptr,
+    min_max_ptr,
+    codes_ptr,
+    scale_zero_ptr,
+    page_ids_ptr,
+    num_page_ids_ptr,
+    layers,
+    pool_pages,
+    stride_slot,
+    KEY_DTYPE: tl.constexpr,
+    PS: tl.constexpr,
+    HK: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    LEVELS: tl.constexpr,
+    F16_MAX: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+):
+    HALF: tl.constexpr = D // 2
+    head_blocks: tl.constexpr = (HK + HEADS - 1) // HEADS
+    items = tl.load(num_page_ids_ptr) * layers * head_blocks
+    token = tl.arange(0, PS)[:, None, None]
+    channel = tl.arange(0, HALF_PAD)[None, None, :]
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        head = (item % head_blocks) * HEADS + tl.arange(0, HEADS)[None, :, None]
+        rest = item // head_blocks
+        layer = rest % layers
+        page = tl.load(page_ids_ptr + rest // layers).to(tl.int64)
+        keys_ptr = tl.load(key_pointers_ptr + layer).to(tl.pointer_type(KEY_DTYPE))
+        inside = (head < HK) & (channel < HALF)
+        offset = (page * PS + token) * stride_slot + head * D + channel  # [PS, HEADS, HALF_PAD]
+        low_half = tl.load(keys_ptr + offset, inside, other=0.0).to(tl.float32)
+        high_half = tl.load(keys_ptr + offset + HALF, inside, other=0.0).to(tl.float32)
+
+        row = (layer.to(tl.int64) * pool_pages + page) * HK
+        head_2d = (item % head_blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+        channel_2d = tl.arange(0, HALF_PAD)[None, :]
+        inside_2d = (head_2d < HK) & (channel_2d < HALF)
+        bounds_ptr = min_max_ptr + (row + head_2d) * (2 * D) + channel_2d
+        tl.store(bounds_ptr, tl.min(low_half, 0).to(KEY_DTYPE), inside_2d)
+        tl.store(bounds_ptr + HALF, tl.min(high_half, 0).to(KEY_DTYPE), inside_2d)
+        tl.store(bounds_ptr + D, tl.max(low_half, 0).to(KEY_DTYPE), inside_2d)
+        tl.store(bounds_ptr + D + HALF, tl.max(high_half, 0).to(KEY_DTYPE), inside_2d)
+
+        if HAS_CODES:
+            infinity = float("inf")
+            low = tl.min(tl.where(inside, tl.minimum(low_half, high_half), infinity), 2)
+            high = tl.max(tl.where(inside, tl.maximum(low_half, high_half), -infinity), 2)
+            head_ok = (item % head_blocks) * HEADS + tl.arange(0, HEADS)[None, :] < HK
+            low = tl.where(head_ok, low, 0.0)  # [PS, HEADS]
+            high = tl.where(head_ok, high, 0.0)
+            zero = tl.minimum(tl.maximum(low, -F16_MAX), F16_MAX).to(tl.float16)
+            scale = tl.div_rn(high - low, tl.zeros_like(low) + LEVELS)
+            scale = tl.minimum(scale, F16_MAX).to(tl.float16)
+            step = scale.to(tl.float32)
+            step = tl.where(step > 0, step, 1.0)[:, :, None]
+            base = zero.to(tl.float32)[:, :, None]
+            packed = _codes(low_half, base, step, LEVELS)
+            packed |= _codes(high_half, base, step, LEVELS) << 4
+            token_row = (row + head) * PS + token
+            tl.store(codes_ptr + token_row * HALF + channel, packed.to(tl.uint8), inside)
+            token_row_2d = (
+                row + (item % head_blocks) * HEADS + tl.arange(0, HEADS)[None, :]
+            ) * PS + tl.arange(0, PS)[:, None]
+            tl.store(scale_zero_ptr + token_row_2d * 2, scale, head_ok)
+            tl.store(scale_zero_ptr + token_row_2d * 2 + 1, zero, head_ok)
+
+
+def seal_pages(
+    key_caches: list[torch.Tensor] | tuple[torch.Tensor, ...],
+    key_pointers: torch.Tensor,
+    min_max: torch.Tensor,
+    codes: torch.Tensor | None,
+    scale_zero: torch.Tensor | None,
+    page_ids: torch.Tensor,
+    num_page_ids: torch.Tensor,
+) -> None:
+    """Build the summaries of listed pages in every layer, bit-equal to `reference.summarize`.
+
+    One launch with a fixed grid; it can be captured in a CUDA graph.
+
+    Args:
+        key_caches: one per layer, all alike: [P, PS, HK, D] views of `[slots, HK, D]` keys in
+            float32, float16, bfloat16 or float8_e4m3fn. Only the first is looked at, for its
+            shape; the kernel reads through `key_pointers`.
+        key_pointers: [L] int64 on the device, see `layer_pointers`.
+        min_max: [L, P, HK, 2, D] in the dtype of the keys, written.
+        codes: [L, P, HK, PS, D // 2] uint8 and scale_zero: [L, P, HK, PS, 2] float16, written;
+            both None when only the bounds are wanted.
+        page_ids: [>= num_page_ids] int32 physical pages.
+        num_page_ids: [1] int32 on the device, how many of them count.
+    """
+    keys = key_caches[0]
+    pool_pages, page_size, heads_kv, dim = keys.shape
+    if keys.stride(3) != 1 or keys.stride(2) != dim or keys.stride(0) != page_size * keys.stride(1):
+        raise ValueError(f"key caches must be [slots, HK, D] rows by page, strides {keys.stride()}")
+    half_pad = triton.next_power_of_2(dim // 2)
+    heads = triton.next_power_of_2(heads_kv)
+    heads = max(1, min(heads, _TILE_ELEMENTS // (page_size * half_pad)))
+    _seal_kernel[(grid_programs(keys.device, 16),)](
+        key_pointers,
+        min_max,
+        codes,
+        scale_zero,
+        page_ids,
+        num_page_ids,
+        len(key_caches),
+        pool_pages,
+        keys.stride(1),
+        KEY_DTYPE=_TRITON_DTYPES[keys.dtype],
+        PS=page_size,
+        HK=heads_kv,
+        HEADS=heads,
+        D=dim,
+        HALF_PAD=half_pad,
+        LEVELS=float(INT4_LEVELS),
+        F16_MAX=FLOAT16_MAX,
+        HAS_CODES=codes is not None,
+        num_warps=4,
+    )
+
+
+def layer_pointers(key_caches: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[L] int64 device tensor of the caches' addresses, for `seal_pages`; build it once."""
+    first = key_caches[0]
+    for layer, keys in enumerate(key_caches):
+        if (keys.shape, keys.stride(), keys.dtype) != (first.shape, first.stride(), first.dtype):
+            raise ValueError(
+                f"key cache of layer {layer} is {keys.dtype} {tuple(keys.shape)}, "
+                f"layer 0 {first.dtype} {tuple(first.shape)}: all layers must be alike"
+            )
+    return torch.tensor([keys.data_ptr() for keys in key_caches], dtype=torch.int64).to(
+        first.device
+    )

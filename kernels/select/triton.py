@@ -1,0 +1,233 @@
+"""Candidate pages in Triton: a radix search for the score of the last page that fits."""
+
+import torch
+import triton
+import triton.language as tl
+
+from twilight_sgl.kernels.estimate.triton import quantize_query
+from twilight_sgl.kernels.select.reference import budget_pages
+
+
+def budget_table(columns: int, budget: float, page_size: int, device: torch.device) -> torch.Tensor:
+    """[T + 1] int32: pages that a request of n pages may name, for n up to T = columns."""
+    return budget_pages(torch.arange(columns + 1), budget, page_size).int().to(device)
+
+
+def max_candidate_pages(
+    columns: int, budget: float, page_size: int, sink_tokens: int, recent_tokens: int
+) -> int:
+    """The most candidate pages that a sparse row of up to `columns` pages can get."""
+    pages = budget_pages(torch.tensor([columns]), budget, page_size)
+    forced = -(-sink_tokens // page_size) + -(-max(recent_tokens, 1) // page_size) + 1
+    return min(columns, max(int(pages), forced))
+
+
+@triton.jit
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _kth_largest(keys, k):
+    """The k-th largest int32 key, two bits a round."""
+    threshold = tl.full([], -0x80000000, tl.int64)
+    for digit in tl.static_range(16):
+        step: tl.constexpr = 1 << (30 - 2 * digit)
+        first = threshold + step
+        second = threshold + 2 * step
+        third = threshold + 3 * step
+        ones, twos, threes = tl.reduce(
+            (
+                (keys >= first.to(tl.int32)).to(tl.int32),
+                (keys >= second.to(tl.int32)).to(tl.int32),
+                (keys >= third.to(tl.int32)).to(tl.int32),
+            ),
+            0,
+            _add3,
+        )
+        threshold = tl.where(
+            threes >= k, third, tl.where(twos >= k, second, tl.where(ones >= k, first, threshold))
+        )
+    return threshold.to(tl.int32)
+
+
+@triton.jit
+def _select_kernel(
+    scores_ptr,
+    page_ids_ptr,
+    seq_lens_ptr,
+    sparse_ptr,
+    budget_ptr,
+    q_ptr,
+    positions_ptr,
+    candidate_page_ids_ptr,
+    counts_ptr,
+    candidate_tokens_ptr,
+    kept_tokens_ptr,
+    q_codes_ptr,
+    q_scale_sum_ptr,
+    out_ptr,
+    columns,
+    width,
+    stride_page_ids,
+    stride_q_row,
+    stride_q_head,
+    stride_out_row,
+    stride_out_head,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    PS: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    COLUMNS_PAD: tl.constexpr,
+    HAS_CODES: tl.constexpr,
+    COUNT_KEPT: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    row = pair // HK
+    head_kv = pair % HK
+    row64 = row.to(tl.int64)
+    length = tl.load(seq_lens_ptr + row)
+    is_sparse = tl.load(sparse_ptr + row) != 0
+    if length <= 0:
+        head = tl.arange(0, G_PAD)
+        channel = tl.arange(0, DV_PAD)
+        inside = (head[:, None] < G) & (channel[None, :] < DV)
+        out = out_ptr + row64 * stride_out_row + (head_kv * G + head)[:, None] * stride_out_head
+        zeros = tl.zeros([G_PAD, DV_PAD], out_ptr.dtype.element_ty)
+        tl.store(out + channel[None, :], zeros, inside)
+    pages = (length + PS - 1) // PS
+    count = 0
+    tokens = tl.maximum(length, 0)
+    if is_sparse & (length > 0):
+        position = tl.arange(0, COLUMNS_PAD)
+        sink_below: tl.constexpr = (SINK + PS - 1) // PS
+        recent_from = tl.maximum(length - RECENT, 0) // PS
+        exists = position < pages
+        forced = exists & ((position < sink_below) | (position >= recent_from))
+        num_forced = tl.sum(forced.to(tl.int32), 0)
+        count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
+        scored = exists & (position < (length - 1) // PS)
+        score_ptr = scores_ptr + pair.to(tl.int64) * columns + position
+        score = tl.load(score_ptr, scored, other=0.0) + 0.0  # -0 becomes 0
+        bits = score.to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        ordered = tl.where(forced, 0x7FFFFFFF, ordered)
+        ordered = tl.where(exists, ordered, -0x80000000)
+        threshold = _kth_largest(ordered, count)
+        above = ordered > threshold
+        ties = (exists & (ordered == threshold)).to(tl.int32)
+        room = count - tl.sum(above.to(tl.int32), 0)
+        chosen = above | ((ties != 0) & (tl.cumsum(ties, 0) <= room))
+        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, chosen, other=0)
+        tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
+        tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
+        tokens = count * PS - (pages * PS - length)
+        if HAS_CODES:
+            quantize_query(
+                q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
+                q_codes_ptr + pair * G * 2 * D,
+                q_scale_sum_ptr + pair * G * 2,
+                stride_q_head,
+                G,
+                G_PAD,
+                D,
+                D_PAD,
+            )
+    tl.store(counts_ptr + pair, count)
+    tl.store(candidate_tokens_ptr + pair, tokens)
+    if COUNT_KEPT:  # the attention counts what it keeps of sparse rows
+        tl.store(kept_tokens_ptr + pair, tl.where(is_sparse, 0, tokens))
+    else:
+        tl.store(kept_tokens_ptr + pair, tokens)
+
+
+def select_pages(
+    scores: torch.Tensor,
+    page_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sparse: torch.Tensor,
+    budgets: torch.Tensor,
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    candidate_page_ids: torch.Tensor,
+    counts: torch.Tensor,
+    candidate_tokens: torch.Tensor,
+    kept_tokens: torch.Tensor,
+    q_codes: torch.Tensor | None,
+    q_scale_sum: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    page_size: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    count_kept: bool = True,
+) -> None:
+    """Pick each KV head's best pages, exactly as `reference.select_pages`, and prepare the row.
+
+    One program per request and KV head. It also quantizes the group's queries for the INT4
+    estimate and zeroes the output of padded rows, which no later kernel looks at.
+
+    Args:
+        scores: [B, HK, T] float32 from `page_scores`.
+        page_ids, seq_lens, sparse: see `DecodePlan`.
+        budgets: [T + 1] int32 from `budget_table`.
+        q: [B, HQ, D].
+        positions, candidate_page_ids: [B, HK, C] int32, written: logical and physical pages in
+            ascending logical order; the rest keeps what it held.
+        counts: [B, HK] int32, written: candidate pages; 0 for rows that are not sparse.
+        candidate_tokens: [B, HK] int32, written: tokens of them; all tokens of a row that is
+            not sparse.
+        kept_tokens: [B, HK] int32, written: what candidate_tokens gets; with count_kept, 0 for
+            sparse rows, which the attention then counts up.
+        q_codes: [B, HQ, 2, D] int8 and q_scale_sum: [B, HQ, 2] float32, written for sparse rows,
+            see `quantize_query`; None for the `exact` estimator.
+        out: [B, HQ, DV], zeroed for rows of length 0.
+    """
+    batch, heads_kv, columns = scores.shape
+    heads_q, dim = q.shape[1:]
+    group = heads_q // heads_kv
+    columns_pad = max(16, triton.next_power_of_2(columns))
+    _select_kernel[(batch * heads_kv,)](
+        scores,
+        page_ids,
+        seq_lens,
+        sparse,
+        budgets,
+        q,
+        positions,
+        candidate_page_ids,
+        counts,
+        candidate_tokens,
+        kept_tokens,
+        q_codes,
+        q_scale_sum,
+        out,
+        columns,
+        positions.shape[-1],
+        page_ids.stride(0),
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        SINK=sink_tokens,
+        RECENT=max(recent_tokens, 1),
+        PS=page_size,
+        HK=heads_kv,
+        G=group,
+        G_PAD=triton.next_power_of_2(group),
+        D=dim,
+        D_PAD=triton.next_power_of_2(dim),
+        DV=out.shape[-1],
+        DV_PAD=triton.next_power_of_2(out.shape[-1]),
+        COLUMNS_PAD=columns_pad,
+        HAS_CODES=q_codes is not None,
+        COUNT_KEPT=count_kept,
+        num_warps=4 if columns_pad <= 1024 else 8 if columns_pad <= 8192 else 16,
+    )
