@@ -101,8 +101,9 @@ descendants() {
 stop_all() {
     local signal=${1:-} started deadline
     trap 'deadline=0' INT TERM HUP # again: do not wait
+    if [ -n "$announcer" ]; then kill -KILL -- "-$announcer" 2>/dev/null || true; fi
+    if [ -z "$server" ]; then return; fi
     started=$(descendants "$server")
-    kill -KILL -- "-$announcer" 2>/dev/null || true
     if [ -n "$signal" ]; then
         deadline=$((SECONDS + ${TWILIGHT_STOP_SECONDS:-30}))
         kill "-$signal" "$server" 2>/dev/null || true
@@ -123,16 +124,19 @@ case $host in
 esac
 url=http://$host:$(flag_value port 30000)
 
+server="" announcer=""
+trap 'stop_all INT; exit 130' INT
+trap 'stop_all TERM; exit 143' TERM HUP
+
 # Job control gives server and announcer a process group each, and leaves SIGINT to be heeded.
 set -m
 "$python" -m twilight_sgl.launch_server "$@" </dev/null &
 server=$!
 announce "$url" "$server" "$(flag_value api-key "")" &
 announcer=$!
+disown "$announcer" # its end is no news
 set +m
 
-trap 'stop_all INT; exit 130' INT
-trap 'stop_all TERM; exit 143' TERM HUP
 status=0
 wait "$server" || status=$?
 stop_all
