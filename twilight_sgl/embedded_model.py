@@ -204,8 +204,7 @@ def _load(gguf: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise EmbeddedModelError(f"{gguf.name} could not be converted ({error}).") from error
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    # Saved settings come from here; the reader's own clean-up would eat spaces before punctuation.
-    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
+    tokenizer.clean_up_tokenization_spaces = False  # else spaces before punctuation get lost
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.model_max_length = model.config.max_position_embeddings
