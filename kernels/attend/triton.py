@@ -233,8 +233,7 @@ def _attend_kernel(
                 most = new_most
             tl.debug_barrier()
         if PRUNE:
-            if is_sparse:
-                tl.atomic_add(kept_tokens_ptr + pair, kept_here, sem="relaxed")
+            tl.atomic_add(kept_tokens_ptr + pair, kept_here, is_sparse, sem="relaxed")
         inside_out = (head[:, None] < G) & (value_channel[None, :] < DV)
         out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
         if splits == 1:

@@ -200,15 +200,11 @@ def _estimate_kernel(
             low, high = _unpack(packed, PACKED_ASM)
             low = tl.trans(low)
             high = tl.trans(high)  # [HALF_PAD, BLOCK]
-            first = tl.dot(
-                tl.load(digit_ptr, digit_inside, other=0), low, out_dtype=tl.int32
-            )
+            first = tl.dot(tl.load(digit_ptr, digit_inside, other=0), low, out_dtype=tl.int32)
             first = tl.dot(
                 tl.load(digit_ptr + HALF, digit_inside, other=0), high, first, out_dtype=tl.int32
             )
-            second = tl.dot(
-                tl.load(digit_ptr + D, digit_inside, other=0), low, out_dtype=tl.int32
-            )
+            second = tl.dot(tl.load(digit_ptr + D, digit_inside, other=0), low, out_dtype=tl.int32)
             second = tl.dot(
                 tl.load(digit_ptr + D + HALF, digit_inside, other=0),
                 high,
@@ -227,7 +223,7 @@ def _estimate_kernel(
                 offset = tl.arange(0, PS)
                 open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
                 open_inside = offset < open_tokens
-                logits = _exact_logits(
+                open_logits = _exact_logits(
                     q_group_ptr,
                     keys_head_ptr,
                     open_page * PS + offset,
@@ -240,11 +236,11 @@ def _estimate_kernel(
                     D,
                     D_PAD,
                 )
-                logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
-                out = logits_ptr + (pair * G + head[:, None]) * (width * PS)
-                out += ((count - 1) * PS + offset)[None, :]
-                store = (head[:, None] < G) & open_inside[None, :]
-                tl.store(out, logits.to(logits_ptr.dtype.element_ty), store)
+                open_logits = soft_cap_logits(open_logits * sm_scale, logit_cap, HAS_CAP)
+                open_out = logits_ptr + (pair * G + head[:, None]) * (width * PS)
+                open_out += ((count - 1) * PS + offset)[None, :]
+                open_store = (head[:, None] < G) & open_inside[None, :]
+                tl.store(open_out, open_logits.to(logits_ptr.dtype.element_ty), open_store)
 
 
 def estimate_logits(

@@ -18,7 +18,7 @@ def _page_score_kernel(
     sparse_ptr,
     scores_ptr,
     batch,
-    columns,
+    stride_scores,
     stride_q_row,
     stride_q_head,
     stride_page_ids,
@@ -61,7 +61,7 @@ def _page_score_kernel(
         bound = tl.dot(positive, tl.trans(high), input_precision="ieee")
         bound = tl.dot(negative, tl.trans(low), bound, input_precision="ieee")  # [G_PAD, BLOCK]
         bound = tl.max(tl.where(head[:, None] < G, bound, -float("inf")), 0)
-        out = scores_ptr + (row64 * HK + head_kv) * columns + position
+        out = scores_ptr + (row64 * HK + head_kv) * stride_scores + position
         tl.store(out, bound, inside)
 
 
@@ -95,7 +95,7 @@ def page_scores(
         sparse,
         scores,
         batch,
-        scores.shape[-1],
+        scores.stride(1),
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),

@@ -32,10 +32,9 @@ def _kth_largest(keys, k):
     """The k-th largest int32 key, two bits a round."""
     threshold = tl.full([], -0x80000000, tl.int64)
     for digit in tl.static_range(16):
-        step: tl.constexpr = 1 << (30 - 2 * digit)
-        first = threshold + step
-        second = threshold + 2 * step
-        third = threshold + 3 * step
+        first = threshold + (1 << (30 - 2 * digit))
+        second = threshold + (2 << (30 - 2 * digit))
+        third = threshold + (3 << (30 - 2 * digit))
         ones, twos, threes = tl.reduce(
             (
                 (keys >= first.to(tl.int32)).to(tl.int32),
@@ -67,7 +66,7 @@ def _select_kernel(
     q_codes_ptr,
     q_scale_sum_ptr,
     out_ptr,
-    columns,
+    stride_scores,
     width,
     stride_page_ids,
     stride_q_row,
@@ -113,7 +112,7 @@ def _select_kernel(
         num_forced = tl.sum(forced.to(tl.int32), 0)
         count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
         scored = exists & (position < (length - 1) // PS)
-        score_ptr = scores_ptr + pair.to(tl.int64) * columns + position
+        score_ptr = scores_ptr + pair.to(tl.int64) * stride_scores + position
         score = tl.load(score_ptr, scored, other=0.0) + 0.0  # -0 becomes 0
         bits = score.to(tl.int32, bitcast=True)
         ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -209,7 +208,7 @@ def select_pages(
         q_codes,
         q_scale_sum,
         out,
-        columns,
+        scores.stride(1),
         positions.shape[-1],
         page_ids.stride(0),
         q.stride(0),

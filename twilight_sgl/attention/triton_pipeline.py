@@ -1,5 +1,7 @@
 """The decode pipeline of one layer in Triton: five launches, no allocation, no synchronisation."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 
@@ -162,6 +164,24 @@ class TritonDecode:
             Output in q's dtype, zeros for padded rows. The three tensors are overwritten by the
             next call (`out` by its owner).
         """
+        out = self.out[: q.shape[0]] if out is None else out
+        stages = self.stages(q, cache, plan, out, sm_scale=sm_scale, logit_cap=logit_cap)
+        for launch in stages.values():
+            launch()
+        batch = q.shape[0]
+        return LayerOutput(out, self.candidate_tokens[:batch], self.kept_tokens[:batch])
+
+    def stages(
+        self,
+        q: torch.Tensor,
+        cache: LayerCache,
+        plan: DecodePlan,
+        out: torch.Tensor,
+        *,
+        sm_scale: float,
+        logit_cap: float = 0.0,
+    ) -> dict[str, Callable[[], None]]:
+        """The launches of `run` by name, in order, for benchmarks to time one by one."""
         batch = q.shape[0]
         if batch > self.max_batch or plan.page_ids.shape[-1] > self.columns:
             raise ValueError(
@@ -169,16 +189,16 @@ class TritonDecode:
                 f"max_batch {self.max_batch} x {self.columns} pages"
             )
         selection = self.selection
-        out = self.out[:batch] if out is None else out
+        scores = self.scores[:batch, :, : plan.page_ids.shape[-1]]
         counts = self.counts[:batch]
         positions, candidate_page_ids = self.positions[:batch], self.candidate_page_ids[:batch]
         candidate_tokens, kept_tokens = self.candidate_tokens[:batch], self.kept_tokens[:batch]
-        scores = self.scores[:batch]
-        logits = thresholds = q_codes = q_scale_sum = None
-        if self.q_codes is not None and self.q_scale_sum is not None:
-            q_codes, q_scale_sum = self.q_codes[:batch], self.q_scale_sum[:batch]
-
-        page_scores(
+        logits = None if self.logits is None else self.logits[:batch]
+        thresholds = None if self.thresholds is None else self.thresholds[:batch]
+        q_codes = None if self.q_codes is None else self.q_codes[:batch]
+        q_scale_sum = None if self.q_scale_sum is None else self.q_scale_sum[:batch]
+        launches: dict[str, Callable[[], None]] = {}
+        launches["score"] = lambda: page_scores(
             q,
             cache.min_max,
             plan.page_ids,
@@ -187,7 +207,7 @@ class TritonDecode:
             scores,
             page_size=selection.page_size,
         )
-        select_pages(
+        launches["select"] = lambda: select_pages(
             scores,
             plan.page_ids,
             plan.seq_lens,
@@ -207,9 +227,8 @@ class TritonDecode:
             recent_tokens=selection.recent_tokens,
             count_kept=self.prune,
         )
-        if self.logits is not None and self.thresholds is not None:
-            logits, thresholds = self.logits[:batch], self.thresholds[:batch]
-            estimate_logits(
+        if logits is not None and thresholds is not None:
+            launches["estimate"] = lambda: estimate_logits(
                 q,
                 cache.keys,
                 cache.codes if self._use_codes else None,
@@ -223,10 +242,10 @@ class TritonDecode:
                 sm_scale=sm_scale,
                 logit_cap=logit_cap,
             )
-            top_p_thresholds(
+            launches["top_p"] = lambda: top_p_thresholds(
                 logits, plan.p, counts, candidate_tokens, thresholds, steps=self.top_p_steps
             )
-        attend(
+        launches["attend"] = lambda: attend(
             q,
             cache.keys,
             cache.values,
@@ -247,4 +266,4 @@ class TritonDecode:
             sm_scale=sm_scale,
             logit_cap=logit_cap,
         )
-        return LayerOutput(out, candidate_tokens, kept_tokens)
+        return launches

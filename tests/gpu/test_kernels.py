@@ -1,0 +1,221 @@
+"""The Triton pipeline on a GPU, at full size and captured in graphs."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from cases import Case, Drawn, draw
+
+from twilight_sgl.attention.pipeline import LayerOutput, decode_reference
+from twilight_sgl.attention.plan import DecodePlan, LayerCache
+from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.kernels.seal.reference import summarize
+from twilight_sgl.kernels.seal.triton import claim_pages, layer_pointers, seal_pages
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+RAGGED = (1, 15, 16, 17, 31, 2048, 0, 5000, 777, 40, 4096)
+
+
+def decoder(case: Case, drawn: Drawn, **options: object) -> TritonDecode:
+    return TritonDecode(
+        max_batch=len(case.lengths),
+        max_context=drawn.plan.page_ids.shape[1] * case.page_size,
+        heads_q=case.heads_q,
+        heads_kv=case.heads_kv,
+        dim=case.dim,
+        dim_v=case.dim_v or case.dim,
+        selection=case.selection,
+        q_dtype=case.dtype,
+        cache_dtype=case.cache_dtype or case.dtype,
+        device="cuda",
+        prune=case.prune,
+        **options,
+    )
+
+
+def run(case: Case, drawn: Drawn, decode: TritonDecode) -> LayerOutput:
+    return decode.run(
+        drawn.q, drawn.cache, drawn.plan, sm_scale=case.dim**-0.5, logit_cap=case.logit_cap
+    )
+
+
+def check(case: Case, drawn: Drawn, got: LayerOutput, *, tolerance: float = 0.01) -> None:
+    plan = drawn.plan
+    if not case.prune:
+        plan = dataclasses.replace(plan, p=torch.ones_like(plan.p))
+    expected = decode_reference(
+        drawn.q,
+        drawn.cache,
+        plan,
+        case.selection,
+        sm_scale=case.dim**-0.5,
+        logit_cap=case.logit_cap,
+    )
+    assert torch.equal(got.candidate_tokens, expected.candidate_tokens)
+    # Logits rounded to float16 move tokens at the threshold.
+    slack = 2 + expected.kept_tokens * 0.02
+    assert ((got.kept_tokens - expected.kept_tokens).abs() <= slack).all()
+    error = (got.output.float() - expected.output).norm() / expected.output.norm()
+    assert error < tolerance
+
+
+CASES = [
+    Case("llama3", RAGGED, 32, 8, 128, budget=0.25, dtype=BF16),
+    Case("llama2-g1", RAGGED, 8, 8, 128, budget=0.25, dtype=BF16),
+    Case("qwen-g7-d64", RAGGED, 14, 2, 64, budget=0.25, dtype=BF16),
+    Case("phi-d80", RAGGED, 4, 4, 80, budget=512, dtype=FP16),
+    Case("d96-ps32", RAGGED, 12, 4, 96, page_size=32, dtype=BF16),
+    Case("d256-ps64-g16", RAGGED, 16, 1, 256, page_size=64, dtype=BF16, logit_cap=30.0),
+    Case("d128-v64", RAGGED, 8, 2, 128, dim_v=64, dtype=BF16),
+    Case("fp8", RAGGED, 8, 2, 128, dtype=BF16, cache_dtype=FP8, budget=0.25),
+    Case("fp8-exact-fp16-q", RAGGED, 8, 2, 64, dtype=FP16, cache_dtype=FP8, estimator="exact"),
+    Case("exact", RAGGED, 32, 8, 128, estimator="exact", dtype=BF16, budget=0.25),
+    Case("quest-only", RAGGED, 32, 8, 128, prune=False, dtype=BF16, budget=0.25),
+    Case("p1-and-dense", RAGGED, 14, 2, 64, dtype=BF16, p=(1.0,) * 11, dense=(2, 7)),
+    Case(
+        "p-each",
+        RAGGED,
+        8,
+        2,
+        128,
+        dtype=BF16,
+        dense=(5,),
+        budget=0.25,
+        p=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.85, 0.3, 1.0, 0.95),
+    ),
+    Case("peaked", RAGGED, 8, 2, 128, dtype=BF16, q_scale=6.0),
+    Case("flat", RAGGED, 8, 2, 128, dtype=BF16, q_scale=0.0),
+    Case("128k", (131072, 100, 70000), 8, 2, 128, dtype=BF16, budget=0.25),
+    Case("256k", (262144,), 8, 1, 64, dtype=BF16, budget=0.25),
+    Case("256k-all", (262144, 3), 2, 1, 64, dtype=BF16, budget=1.0),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_pipeline_equals_reference_and_itself(case: Case) -> None:
+    drawn = draw(case)
+    decode = decoder(case, drawn)
+    first = run(case, drawn, decode)
+    kept, out = first.kept_tokens.clone(), first.output.clone()
+    check(case, drawn, first)
+    for buffer in (decode.out, decode.scores, decode.logits):
+        if buffer is not None:
+            buffer.fill_(float("nan"))
+    again = run(case, drawn, decode)
+    assert torch.equal(out, again.output)
+    assert torch.equal(kept, again.kept_tokens)
+
+
+def test_graph_replay_equals_eager_for_other_requests() -> None:
+    case = Case("graph", RAGGED, 32, 8, 128, budget=0.25, dtype=BF16, p=0.9)
+    drawn = draw(case)
+    decode = decoder(case, drawn)
+    run(case, drawn, decode)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = run(case, drawn, decode)
+    other = draw(dataclasses.replace(case, dense=(5, 10)), seed=1)
+    drawn.q.copy_(other.q)
+    for field in dataclasses.fields(LayerCache):
+        getattr(drawn.cache, field.name).copy_(getattr(other.cache, field.name))
+    for field in dataclasses.fields(DecodePlan):
+        getattr(drawn.plan, field.name).copy_(getattr(other.plan, field.name))
+    graph.replay()
+    replayed, kept = captured.output.clone(), captured.kept_tokens.clone()
+    eager = run(case, other, decoder(case, other))
+    assert torch.equal(replayed, eager.output)
+    assert torch.equal(kept, eager.kept_tokens)
+
+
+def test_cache_beyond_two_to_the_31_elements() -> None:
+    """The request lies in the last pages of a pool of 2.2 G elements."""
+    case = Case("far", (3000, 517), 16, 16, 128, dtype=BF16)
+    drawn = draw(case)
+    pool, far_pool = drawn.cache.keys.shape[0], (2200 << 20) // (16 * 16 * 128)
+    shift = far_pool - pool
+
+    def far(tensor: torch.Tensor) -> torch.Tensor:
+        big = torch.zeros(far_pool, *tensor.shape[1:], dtype=tensor.dtype, device="cuda")
+        big[shift:] = tensor
+        return big
+
+    cache = LayerCache(*(far(getattr(drawn.cache, f.name)) for f in dataclasses.fields(LayerCache)))
+    plan = dataclasses.replace(drawn.plan, page_ids=drawn.plan.page_ids + shift)
+    assert cache.keys.numel() > 2**31
+    near = run(case, drawn, decoder(case, drawn)).output.clone()
+    moved = Drawn(drawn.q, cache, plan)
+    assert torch.equal(run(case, moved, decoder(case, moved)).output, near)
+    page_ids = torch.arange(shift, far_pool, device="cuda", dtype=torch.int32)
+    count = torch.tensor([pool], dtype=torch.int32, device="cuda")
+    stacked = [torch.zeros_like(t)[None] for t in (cache.min_max, cache.codes, cache.scale_zero)]
+    cache.keys.nan_to_num_(0.0)
+    seal_pages([cache.keys], layer_pointers([cache.keys]), *stacked, page_ids, count)
+    for got, expected in zip(stacked, summarize(cache.keys[shift:]), strict=True):
+        assert torch.equal(got[0, shift:], expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP8], ids=["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize(
+    "size,heads,dim", [(16, 8, 128), (16, 2, 64), (32, 3, 80), (64, 1, 256), (16, 32, 96)]
+)
+def test_seal_is_bit_equal(dtype: torch.dtype, size: int, heads: int, dim: int) -> None:
+    layers, pool = 3, 700
+    generator = torch.Generator("cuda").manual_seed(0)
+    keys = []
+    for _ in range(layers):
+        drawn = torch.randn(pool, size, heads, dim, device="cuda", generator=generator)
+        drawn[:20] *= 1e-6  # scales that underflow float16
+        drawn[20:40] = drawn[20:40].round()  # ties
+        drawn[40:60] = 0.25
+        if dtype == BF16:
+            drawn[60:80] *= 1e5  # scales that overflow float16
+        keys.append(drawn.to(dtype))
+    listed = torch.randperm(pool, device="cuda", generator=generator).int()
+    count = torch.tensor([pool - 100], dtype=torch.int32, device="cuda")
+    min_max = torch.zeros(layers, pool, heads, 2, dim, dtype=dtype, device="cuda")
+    codes = torch.full((layers, pool, heads, size, dim // 2), 7, dtype=torch.uint8, device="cuda")
+    scale_zero = torch.zeros(layers, pool, heads, size, 2, dtype=torch.float16, device="cuda")
+    seal_pages(keys, layer_pointers(keys), min_max, codes, scale_zero, listed, count)
+    pages, rest = listed[: pool - 100].long(), listed[pool - 100 :].long()
+    for layer in range(layers):
+        expected = summarize(keys[layer][pages])
+        assert torch.equal(min_max[layer][pages].float(), expected[0].float())
+        assert torch.equal(codes[layer][pages], expected[1])
+        assert torch.equal(scale_zero[layer][pages], expected[2])
+    assert (codes[:, rest] == 7).all()
+
+
+def test_claim_lists_each_page_once_and_replays() -> None:
+    lengths = (5000, 17, 16, 0, 5000, 4097)
+    drawn = draw(Case("claim", lengths, dense=(5,)))
+    page_ids = drawn.plan.page_ids.clone()
+    page_ids[4] = page_ids[0]  # a shared prefix
+    pool = drawn.cache.keys.shape[0]
+    sealed = torch.zeros(pool, dtype=torch.int32, device="cuda")
+    already = page_ids[0, :7].long()
+    sealed[already] = 1
+    listed = torch.full((pool,), -1, dtype=torch.int32, device="cuda")
+    count = torch.zeros(1, dtype=torch.int32, device="cuda")
+    total = torch.zeros(1, dtype=torch.int64, device="cuda")
+    arguments = (page_ids, drawn.plan.seq_lens, drawn.plan.sparse, sealed, listed, count, total)
+    claim_pages(*arguments, page_size=16)
+    expected = set(page_ids[0, 7:312].tolist()) | {int(page_ids[1, 0])}
+    assert count.item() == len(expected) == total.item()
+    assert set(listed[: len(expected)].tolist()) == expected
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        claim_pages(*arguments, page_size=16)
+    graph.replay()
+    assert count.item() == 0 and total.item() == len(expected)

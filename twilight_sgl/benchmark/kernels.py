@@ -1,0 +1,337 @@
+"""Decode-attention kernels against dense attention, stage by stage."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from twilight_sgl.attention.pipeline import decode_reference
+from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
+from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.benchmark.baselines import BASELINES
+from twilight_sgl.benchmark.mass import kept_mass
+from twilight_sgl.benchmark.planted import Layers, Shape, planted_layers, traced_layers
+from twilight_sgl.benchmark.plot import plot
+from twilight_sgl.benchmark.timing import Timing, copy_bandwidth, describe_machine, time_calls
+from twilight_sgl.kernels.seal.reference import summarize
+from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+
+SHAPES = (
+    Shape("llama-3.1-8b", 32, 8, 128, 64, 32 << 10),
+    Shape("llama-3.1-8b", 32, 8, 128, 8, 32 << 10),
+    Shape("llama-3.1-8b", 32, 8, 128, 8, 128 << 10),
+    Shape("llama-3.1-8b", 32, 8, 128, 1, 128 << 10),
+    Shape("llama-3.1-8b", 32, 8, 128, 1, 32 << 10),
+    Shape("llama-2-7b", 32, 32, 128, 64, 32 << 10),
+    Shape("qwen2.5-0.5b", 14, 2, 64, 64, 32 << 10),
+    Shape("llama-3.1-8b", 32, 8, 128, 64, 2 << 10),
+    Shape("llama-3.1-8b", 32, 8, 128, 1, 2 << 10),
+)
+LAYER_BYTES = 3 << 29  # of keys and values that a timed round reads densely
+MAX_LAYERS = 8
+MAX_ERROR = 0.02  # relative, bfloat16 against float32
+DENSE_BELOW_TOKENS = 2049  # requests so short are not pruned, as the backend does
+
+
+def _relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def _first_row(plan: DecodePlan, *, sparse: bool | None = None) -> DecodePlan:
+    row = {f.name: getattr(plan, f.name)[:1] for f in dataclasses.fields(plan)}
+    if sparse is not None:
+        row["sparse"] = torch.full_like(row["sparse"], sparse)
+    return DecodePlan(**row)
+
+
+def _all_dense(plan: DecodePlan) -> DecodePlan:
+    return dataclasses.replace(plan, sparse=torch.zeros_like(plan.sparse))
+
+
+def _bytes_by_stage(
+    shape: Shape, decode: TritonDecode, cache: LayerCache, plan: DecodePlan
+) -> dict[str, int]:
+    """Bytes that each stage must move for the sparse rows of the last run, read or written once."""
+    batch = shape.batch
+    key_bytes = cache.keys.element_size()
+    full_pages = int(((plan.seq_lens - 1).clamp(min=0) // shape.page_size).sum())
+    candidates = int(decode.candidate_tokens[:batch].sum())
+    kept = int(decode.kept_tokens[:batch].sum())
+    group = shape.heads_q // shape.heads_kv
+    pairs = full_pages * shape.heads_kv
+    logit_bytes = 0 if decode.logits is None else decode.logits.element_size()
+    moved = {
+        "score": pairs * (2 * shape.dim * key_bytes + 4),
+        "select": pairs * 4 + candidates // shape.page_size * 12,
+        "attend": kept * 2 * shape.dim * key_bytes,
+    }
+    if logit_bytes:
+        moved["estimate"] = candidates * (shape.dim // 2 + 4 + group * logit_bytes)
+        moved["top_p"] = candidates * group * logit_bytes
+        moved["attend"] += candidates * group * logit_bytes
+    return moved
+
+
+def _row(timing: Timing, moved: int | None, bandwidth: float) -> dict[str, float | int | None]:
+    row: dict[str, float | int | None] = dataclasses.asdict(timing)
+    row["bytes"] = moved
+    if moved is not None:
+        row["share_of_copy_bandwidth"] = moved / (timing.p50_us * 1e-6) / bandwidth
+    return row
+
+
+def _decoder(shape: Shape, layers: Layers, selection: Selection, *, prune: bool) -> TritonDecode:
+    return TritonDecode(
+        max_batch=shape.batch,
+        max_context=shape.context,
+        heads_q=shape.heads_q,
+        heads_kv=shape.heads_kv,
+        dim=shape.dim,
+        dim_v=shape.dim,
+        selection=selection,
+        q_dtype=layers.queries[0].dtype,
+        cache_dtype=layers.caches[0].keys.dtype,
+        device=layers.plan.seq_lens.device,
+        prune=prune,
+    )
+
+
+def measure(
+    shape: Shape,
+    layers: Layers,
+    selection: Selection,
+    bandwidth: float,
+    baselines: tuple[str, ...],
+) -> dict[str, object]:
+    """Check one shape against the references, then time it; no figures for a wrong result."""
+    sm_scale = shape.dim**-0.5
+    q, cache, plan = layers.queries[0], layers.caches[0], layers.plan
+    row_plan = _first_row(plan)
+    decode = _decoder(shape, layers, selection, prune=True)
+    got = decode.run(q, cache, plan, sm_scale=sm_scale)
+    expected = decode_reference(q[:1], cache, row_plan, selection, sm_scale=sm_scale)
+    error = _relative_error(got.output[:1], expected.output)
+    kept_ratio = (got.kept_tokens[:1].sum() / expected.kept_tokens.sum()).item()
+    same_candidates = torch.equal(got.candidate_tokens[:1], expected.candidate_tokens)
+    dense_row = decode_reference(
+        q[:1], cache, _first_row(plan, sparse=False), selection, sm_scale=sm_scale
+    ).output
+    result: dict[str, object] = {
+        "shape": shape.name,
+        **dataclasses.asdict(shape),
+        "p": plan.p[0].item(),
+        "sparse": bool(plan.sparse[0]),
+        "budget": selection.budget,
+        "layers": len(layers.caches),
+        "error": error,
+        "kept_to_reference": kept_ratio,
+    }
+    if not (error < MAX_ERROR and abs(kept_ratio - 1) < 0.05 and same_candidates):
+        result["wrong"] = f"error {error:.4f}, kept / reference {kept_ratio:.3f}"
+        return result
+    if bool(plan.sparse[0]):
+        mass = kept_mass(q[:1], cache, row_plan, selection, sm_scale=sm_scale)
+        result["mass"] = mass["mass"].mean().item()
+        result["least_mass"] = mass["mass"].min().item()
+        result["candidate_mass"] = mass["candidate_mass"].mean().item()
+        result["head_share"] = mass["head_tokens"].float().mean().item() / shape.context
+        spread = mass["head_tokens"].float()
+        result["head_spread"] = (spread.max() / spread.min().clamp(min=1)).item()
+    result["candidate_share"] = got.candidate_tokens.float().mean().item() / shape.context
+    result["kept_share"] = got.kept_tokens.float().mean().item() / shape.context
+
+    def calls(decoder: TritonDecode, used: DecodePlan) -> list:
+        return [
+            lambda q=q, cache=cache: decoder.run(q, cache, used, sm_scale=sm_scale)
+            for q, cache in zip(layers.queries, layers.caches, strict=True)
+        ]
+
+    stages = {}
+    moved = _bytes_by_stage(shape, decode, cache, plan)
+    per_layer = [
+        decode.stages(q, cache, plan, decode.out[: shape.batch], sm_scale=sm_scale)
+        for q, cache in zip(layers.queries, layers.caches, strict=True)
+    ]
+    total = time_calls(calls(decode, plan))
+    result["total"] = _row(total, sum(moved.values()), bandwidth)
+    for name in per_layer[0]:
+        timing = time_calls([stage[name] for stage in per_layer])
+        stages[name] = _row(timing, moved.get(name), bandwidth)
+    result["stages"] = stages
+    dense_bytes = shape.batch * shape.context * shape.heads_kv * 2 * shape.dim
+    dense_bytes *= cache.keys.element_size()
+    others: dict[str, object] = {}
+    dense_plan = _all_dense(plan)
+    others["own_dense"] = _row(time_calls(calls(decode, dense_plan)), dense_bytes, bandwidth)
+    if bool(plan.sparse[0]):
+        quest = _decoder(shape, layers, selection, prune=False)
+        others["quest_only"] = _row(time_calls(calls(quest, plan)), None, bandwidth)
+        del quest
+    for name in baselines:
+        others[name] = _baseline(name, layers, sm_scale, dense_row, dense_bytes, bandwidth)
+    result["others"] = others
+    return result
+
+
+def _baseline(
+    name: str,
+    layers: Layers,
+    sm_scale: float,
+    dense_row: torch.Tensor,
+    dense_bytes: int,
+    bandwidth: float,
+) -> dict[str, object]:
+    try:
+        each = [
+            BASELINES[name](q, cache, layers.plan, sm_scale)
+            for q, cache in zip(layers.queries, layers.caches, strict=True)
+        ]
+        error = _relative_error(each[0]()[:1], dense_row)
+        if not error < MAX_ERROR:
+            return {"wrong": f"error {error:.4f}"}
+        return {**_row(time_calls(each), dense_bytes, bandwidth), "error": error}
+    except Exception as failure:  # a library that is missing or refuses the shape
+        return {"missing": f"{type(failure).__name__}: {failure}"[:300]}
+
+
+def measure_seal(bandwidth: float, shape: Shape, tokens: int = 32 << 10) -> dict[str, object]:
+    """Seal a prompt's pages in one layer."""
+    pages, layers = tokens // shape.page_size, 4
+    dims = (pages + 1, shape.page_size, shape.heads_kv, shape.dim)
+    keys = [torch.randn(dims, device="cuda", dtype=torch.bfloat16) for _ in range(layers)]
+    listed = (torch.randperm(pages, device="cuda") + 1).int()
+    count = torch.tensor([pages], dtype=torch.int32, device="cuda")
+    lead = (1, dims[0], dims[2])
+    calls, outputs = [], []
+    for key in keys:
+        summaries = (
+            torch.empty(*lead, 2, shape.dim, dtype=key.dtype, device="cuda"),
+            torch.empty(*lead, shape.page_size, shape.dim // 2, dtype=torch.uint8, device="cuda"),
+            torch.empty(*lead, shape.page_size, 2, dtype=torch.float16, device="cuda"),
+        )
+        outputs.append(summaries)
+        pointers = layer_pointers([key])
+        calls.append(
+            lambda key=key, pointers=pointers, summaries=summaries: seal_pages(
+                [key], pointers, *summaries, listed, count
+            )
+        )
+    calls[0]()
+    expected = summarize(keys[0][1:])
+    same = all(torch.equal(a[0, 1:], b) for a, b in zip(outputs[0], expected, strict=True))
+    result: dict[str, object] = {"shape": f"seal {shape.model} {tokens // 1024}k, one layer"}
+    if not same:
+        result["wrong"] = "not bit-equal to the reference"
+        return result
+    values = pages * shape.heads_kv * shape.page_size * shape.dim
+    moved = values * 2 + values // shape.page_size * 4 + values // 2 + values // shape.dim * 4
+    result["total"] = _row(time_calls(calls), moved, bandwidth)
+    return result
+
+
+def _layers_for(shape: Shape) -> int:
+    layer_bytes = shape.batch * shape.context * shape.heads_kv * shape.dim * 4
+    return max(1, min(MAX_LAYERS, -(-LAYER_BYTES // layer_bytes)))
+
+
+def _print(result: dict[str, object], bandwidth: float) -> None:
+    if "wrong" in result:
+        print(f"{result['shape']:28s} WRONG: {result['wrong']}")
+        return
+    total = result["total"]
+    assert isinstance(total, dict)
+    line = f"{result['shape']:28s} {total['p50_us']:9.1f} us"
+    line += f" ({total['p20_us']:.1f}-{total['p80_us']:.1f})"
+    line += f" {total['share_of_copy_bandwidth']:4.0%} of copy bandwidth"
+    if "stages" not in result:
+        print(line)
+        return
+    others = result["others"]
+    assert isinstance(others, dict)
+    for name, other in others.items():
+        if "p50_us" in other:
+            line += f" | {name} {other['p50_us']:.1f} = {other['p50_us'] / total['p50_us']:.2f}x"
+        else:
+            line += f" | {name}: {other.get('wrong') or other.get('missing')}"
+    print(line)
+    stages = result["stages"]
+    assert isinstance(stages, dict)
+    print(
+        "    "
+        + ", ".join(
+            f"{name} {row['p50_us']:.1f} us {row['share_of_copy_bandwidth']:.0%}"
+            for name, row in stages.items()
+        )
+    )
+    if "mass" in result:
+        print(
+            f"    B0 {result['candidate_share']:.1%} of the context, B1 {result['head_share']:.2%} "
+            f"a head (spread {result['head_spread']:.0f}x), union {result['kept_share']:.2%}; "
+            f"mass {result['mass']:.3f} (least {result['least_mass']:.3f}) "
+            f"of {result['candidate_mass']:.3f} in the candidates; error {result['error']:.4f}"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
+    parser.add_argument("--p", type=float, default=0.95)
+    parser.add_argument("--budget", type=float, default=0.25, help="B0, as --twilight-budget")
+    parser.add_argument("--sink-tokens", type=int, default=16)
+    parser.add_argument("--recent-tokens", type=int, default=64)
+    parser.add_argument("--baselines", default="fa3,sglang_triton,flashinfer")
+    parser.add_argument("--trace", type=Path, help="torch.save file of a real model's q and K")
+    parser.add_argument("--trace-batch", type=int, default=8)
+    parser.add_argument("--commit", help="recorded with the rows; read from git by default")
+    parser.add_argument("--out", type=Path, default=Path("kernels-benchmark"))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the benchmark; returns a process exit status, 1 where a result was wrong."""
+    if not torch.cuda.is_available():
+        print(
+            "twilight_sgl.benchmark kernels needs a CUDA GPU; torch sees none here",
+            file=sys.stderr,
+        )
+        return 2
+    baselines = tuple(name for name in args.baselines.split(",") if name)
+    unknown = set(baselines) - set(BASELINES)
+    if unknown:
+        print(f"--baselines: {sorted(unknown)} not among {sorted(BASELINES)}", file=sys.stderr)
+        return 2
+    machine = describe_machine()
+    if args.commit:
+        machine["commit"] = args.commit
+    bandwidth = copy_bandwidth()
+    print(f"{machine['gpu']}, copy {bandwidth / 1e12:.2f} TB/s, {machine}")
+    rows: list[dict[str, object]] = []
+
+    def add(result: dict[str, object]) -> None:
+        rows.append({**result, **machine, "copy_bytes_per_s": bandwidth})
+        _print(result, bandwidth)
+        torch.cuda.empty_cache()
+
+    def selection(page_size: int) -> Selection:
+        return Selection(page_size, args.budget, args.sink_tokens, args.recent_tokens)
+
+    if args.trace:
+        shape, layers = traced_layers(str(args.trace), batch=args.trace_batch, p=args.p)
+        add(measure(shape, layers, selection(shape.page_size), bandwidth, baselines))
+    else:
+        for shape in SHAPES:
+            if args.shapes not in shape.name:
+                continue
+            layers = planted_layers(shape, layers=_layers_for(shape), p=args.p)
+            if shape.context < DENSE_BELOW_TOKENS:
+                layers = dataclasses.replace(layers, plan=_all_dense(layers.plan))
+            add(measure(shape, layers, selection(shape.page_size), bandwidth, baselines))
+            del layers
+        if args.shapes in "seal":
+            add(measure_seal(bandwidth, SHAPES[0]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
+    plot(rows, args.out / "kernels.png")
+    print(f"wrote {args.out / 'kernels.json'} and kernels.png")
+    return int(any("wrong" in row for row in rows))

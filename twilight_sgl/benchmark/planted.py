@@ -1,0 +1,179 @@
+"""KV caches with planted attention, in which a known small share of tokens holds the mass.
+
+Random keys give flat attention that top-p cannot prune. Here every query head has its own hot
+tokens whose logits stand about `HOT_LOGIT` above the rest. They come in runs of `RUN_TOKENS`, as
+retrieved passages do. The heads of a group draw their runs from a common pool, each 30 % of it, so
+that the union over a group of 7 is about three times one head's share. The share differs from KV
+head to KV head by a factor of `SPREAD`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from twilight_sgl.attention.plan import DecodePlan, LayerCache
+from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+
+HOT_LOGIT = 9.0
+RUN_TOKENS = 8
+SPREAD = 16.0
+MEAN_SHARE = 0.014
+DRAW_FROM_POOL = 0.3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's attention and a decode step: names as in the package's symbols."""
+
+    model: str
+    heads_q: int
+    heads_kv: int
+    dim: int
+    batch: int
+    context: int
+    page_size: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.batch} x {self.context // 1024}k"
+
+    @property
+    def columns(self) -> int:
+        return -(-self.context // self.page_size)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Caches of some layers alike in shape, one plan, and each layer's queries [B, HQ, D]."""
+
+    queries: list[torch.Tensor]
+    caches: list[LayerCache]
+    plan: DecodePlan
+
+
+def empty_layers(
+    shape: Shape, layers: int, dtype: torch.dtype, p: float, generator: torch.Generator
+) -> tuple[list[torch.Tensor], list[torch.Tensor], DecodePlan]:
+    """Unwritten key and value pools [P, PS, HK, D] of some layers, and a plan with random pages."""
+    device = generator.device
+    pool = shape.batch * shape.columns + 1
+    page_ids = torch.randperm(pool - 1, generator=generator, device=device).int() + 1
+    plan = DecodePlan(
+        page_ids.view(shape.batch, shape.columns).contiguous(),
+        torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device),
+        torch.full((shape.batch,), p, dtype=torch.float32, device=device),
+        torch.ones(shape.batch, dtype=torch.bool, device=device),
+    )
+    size = (pool, shape.page_size, shape.heads_kv, shape.dim)
+    keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(layers)]
+    values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(layers)]
+    return keys, values, plan
+
+
+def with_summaries(
+    keys: list[torch.Tensor], values: list[torch.Tensor], plan: DecodePlan
+) -> list[LayerCache]:
+    """Seal every full page of the plan in all layers."""
+    device = keys[0].device
+    pool, page_size, heads_kv, dim = keys[0].shape
+    layers = len(keys)
+    min_max = torch.empty(layers, pool, heads_kv, 2, dim, dtype=keys[0].dtype, device=device)
+    codes = torch.empty(
+        layers, pool, heads_kv, page_size, dim // 2, dtype=torch.uint8, device=device
+    )
+    scale_zero = torch.empty(
+        layers, pool, heads_kv, page_size, 2, dtype=torch.float16, device=device
+    )
+    column = torch.arange(plan.page_ids.shape[1], device=device)
+    full = column < ((plan.seq_lens - 1).clamp(min=0) // page_size).unsqueeze(1)
+    listed = plan.page_ids[full].contiguous()
+    count = torch.tensor([listed.numel()], dtype=torch.int32, device=device)
+    seal_pages(keys, layer_pointers(keys), min_max, codes, scale_zero, listed, count)
+    return [
+        LayerCache(keys[i], values[i], min_max[i], codes[i], scale_zero[i]) for i in range(layers)
+    ]
+
+
+def _plant_row(
+    shape: Shape, q: torch.Tensor, share: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """[N, HK, D] float32 keys of one request for its queries q [HK, G, D]."""
+    device = q.device
+    heads_kv, group, dim = q.shape
+    keys = torch.randn(shape.context, heads_kv, dim, generator=generator, device=device)
+    runs = -(-shape.context // RUN_TOKENS)
+
+    def uniform(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator, device=device)
+
+    pool_share = share if group == 1 else share / DRAW_FROM_POOL
+    pool = uniform(runs, heads_kv) < pool_share
+    drawn = pool.unsqueeze(-1) & (uniform(runs, heads_kv, group) < (1.0, DRAW_FROM_POOL)[group > 1])
+    hot = drawn.repeat_interleave(RUN_TOKENS, 0)[: shape.context].float()  # [N, HK, G]
+    heat = HOT_LOGIT + torch.randn(hot.shape, generator=generator, device=device)
+    direction = q / q.square().sum(-1, keepdim=True) * math.sqrt(dim)
+    return keys + torch.einsum("nhg,hgd->nhd", hot * heat, direction)
+
+
+def planted_layers(
+    shape: Shape,
+    *,
+    layers: int,
+    p: float,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+    seed: int = 0,
+) -> Layers:
+    """Draw layers with planted attention; every request has `shape.context` tokens."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    keys, values, plan = empty_layers(shape, layers, dtype, p, generator)
+    queries = []
+    group = shape.heads_q // shape.heads_kv
+    exponent = torch.linspace(-0.5, 0.5, max(shape.heads_kv, 2), device=device)[: shape.heads_kv]
+    share = SPREAD**exponent
+    share *= MEAN_SHARE / share.mean()
+    for layer in range(layers):
+        q = torch.randn(
+            shape.batch, shape.heads_kv, group, shape.dim, generator=generator, device=device
+        )
+        for row in range(shape.batch):
+            planted = _plant_row(shape, q[row], share.roll(row + layer), generator).to(dtype)
+            padded = planted.new_zeros(shape.columns * shape.page_size, shape.heads_kv, shape.dim)
+            padded[: shape.context] = planted
+            pages = plan.page_ids[row].long()
+            keys[layer][pages] = padded.view(-1, *keys[layer].shape[1:])
+            values[layer][pages] = torch.randn(
+                padded.shape, generator=generator, device=device, dtype=dtype
+            ).view(-1, *values[layer].shape[1:])
+        queries.append(q.flatten(1, 2).to(dtype))
+    return Layers(queries, with_summaries(keys, values, plan), plan)
+
+
+def traced_layers(
+    path: str, *, batch: int, p: float, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+) -> tuple[Shape, Layers]:
+    """Layers from a trace of a real model.
+
+    Args:
+        path: a `torch.save` file of {"model": str, "layers": [{"q": [HQ, D], "keys": [N, HK, D]},
+            ...]}: one decode step's queries and rotated keys; "values" [N, HK, DV] if there.
+        batch: how often to repeat the request, in pages of its own.
+    """
+    trace = torch.load(path, map_location="cpu", weights_only=True)
+    first = trace["layers"][0]
+    context, heads_kv, dim = first["keys"].shape
+    shape = Shape(trace.get("model", "trace"), first["q"].shape[0], heads_kv, dim, batch, context)
+    generator = torch.Generator(device=device).manual_seed(0)
+    keys, values, plan = empty_layers(shape, len(trace["layers"]), dtype, p, generator)
+    queries = []
+    for index, layer in enumerate(trace["layers"]):
+        rows = [layer["keys"], layer.get("values", torch.randn(layer["keys"].shape))]
+        for row, pool in zip(rows, (keys[index], values[index]), strict=True):
+            padded = torch.zeros(shape.columns * shape.page_size, heads_kv, dim, dtype=dtype)
+            padded[:context] = row.to(dtype)
+            by_page = padded.view(-1, *pool.shape[1:]).to(device)
+            for request in range(batch):
+                pool[plan.page_ids[request].long()] = by_page
+        queries.append(layer["q"].to(dtype).to(device).expand(batch, -1, -1).contiguous())
+    return shape, Layers(queries, with_summaries(keys, values, plan), plan)
