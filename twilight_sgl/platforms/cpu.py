@@ -7,6 +7,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 
 ATTENTION_BACKEND = "torch_native"
+MAX_TOTAL_TOKENS = 65536
 
 
 class TorchCpuPlatform(CpuDeviceMixin, interface.SRTPlatform):
@@ -17,9 +18,23 @@ class TorchCpuPlatform(CpuDeviceMixin, interface.SRTPlatform):
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        """Replace SGLang's CPU default, which needs compiled kernels, and turn graphs off."""
+        """Settle what SGLang would choose badly for a plain CPU.
+
+        Its attention default needs compiled kernels; its KV cache would take nearly all of the
+        machine's memory; its idle loop would spin on a core; and bfloat16 products are many
+        times slower than float32 ones on processors without bfloat16 units.
+        """
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = MAX_TOTAL_TOKENS
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"
+        server_args.sleep_on_idle = True
+
+    def get_device(self, device_id: int = 0) -> str:
+        """The device's name: SGLang splits it as text."""
+        return "cpu"
 
     def get_default_attention_backend(self) -> str:
         """Attention through `scaled_dot_product_attention`."""
