@@ -33,3 +33,10 @@ def model_config(server_args: Any) -> Any:
     from sglang.srt.arg_groups.overrides import model_config_of
 
     return model_config_of(server_args)
+
+
+def resolution_method() -> str:
+    """The method of ServerArgs that applies SGLang's defaults to what the user gave."""
+    from sglang.srt.server_args import ServerArgs
+
+    return "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"

@@ -9,7 +9,7 @@ from twilight_sgl import config as twilight_config
 from twilight_sgl.config import PAGE_SIZES, TwilightConfig
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.patches import Patch
-from twilight_sgl.patches.compat import model_config, resolved, uses_twilight
+from twilight_sgl.patches.compat import model_config, resolution_method, resolved, uses_twilight
 from twilight_sgl.plugin import BACKEND
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
@@ -38,6 +38,8 @@ def _read_flags(original: Callable[..., Any], cls: type, args: argparse.Namespac
 
 
 def _apply_defaults(server_args: Any) -> None:
+    if getattr(server_args, "_resolution_finished", False):
+        return
     for name in ("attention_backend", "prefill_attention_backend"):
         if getattr(server_args, name) == BACKEND:
             raise TwilightError(
@@ -136,7 +138,7 @@ PATCHES = [
         ("args",),
     ),
     Patch(
-        f"{SERVER_ARGS}.__post_init__",
+        f"{SERVER_ARGS}.{resolution_method()}",
         "before",
         _apply_defaults,
         "the KV pool's pages must be those that are summarised",

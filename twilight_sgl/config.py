@@ -107,8 +107,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--twilight-config` and a flag for every field, under a heading of their own."""
     group = parser.add_argument_group(
         "Twilight",
-        "adaptive top-p attention sparsity for decoding "
-        "(with --decode-attention-backend twilight)",
+        "adaptive top-p attention sparsity for decoding (with --decode-attention-backend twilight)",
     )
     group.add_argument(
         f"{FLAG_PREFIX}config",

@@ -42,7 +42,9 @@ class RequestOptions:
             )
         p, enabled = values.get("p"), values.get("enabled", True)
         if not isinstance(enabled, bool):
-            raise TwilightError(f"custom_params.{KEY}.enabled must be true or false, got {enabled!r}")
+            raise TwilightError(
+                f"custom_params.{KEY}.enabled must be true or false, got {enabled!r}"
+            )
         if p is not None and (
             isinstance(p, bool)
             or not isinstance(p, (int, float))

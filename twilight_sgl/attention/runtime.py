@@ -190,5 +190,3 @@ class TwilightRuntime:
 
     def _by_page(self, cache: torch.Tensor) -> torch.Tensor:
         return cache.unflatten(0, (-1, self.config.page_size))
-
-
