@@ -32,6 +32,32 @@ def compute_dtype(q_dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if q_dtype == torch.bfloat16 else tl.float16
 
 
+def launch_options(num_warps: int, num_stages: int | None = None) -> dict[str, object]:
+    """Compile and launch options of a pipeline kernel.
+
+    On a GPU kernels are launched as programmatic dependents: the next one's blocks start while
+    the last of this one's run, and `wait_for_inputs` holds them back.
+    """
+    options: dict[str, object] = {"num_warps": num_warps, "PDL": not is_interpreted()}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    if not is_interpreted():
+        options["launch_pdl"] = True
+    return options
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel's blocks start, and wait until the kernels before have ended.
+
+    Call it before any load or store. It orders a kernel behind all before it, because each of
+    those has waited for its own predecessor.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
 @triton.jit
 def locate_block(item, row_blocks, row_ends, HK: tl.constexpr):
     """Map an item of flat ragged work to its row, KV head and block of the row.

@@ -1,9 +1,9 @@
 """Exact attention over kept tokens in Triton.
 
-Work is laid out by candidate tokens, not by kept ones: a work item is a slice of a request's
-candidates for one KV head. It unions the group's kept tokens, packs their slots into a scratch of
-its own, attends to those, and the last item of a (request, KV head) merges the partial results.
-Rows that are not sparse take the same path with every token kept.
+Every (request, KV head) has a number of tokens and a way to find their slots: a packed list after
+pruning, candidate pages without it, the page table for rows that are not sparse. The tokens of all
+are cut into slices of about equal size and dealt to a fixed grid; the last slice of a (request, KV
+head) to finish merges the partial results.
 """
 
 import torch
@@ -14,13 +14,11 @@ from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
     is_interpreted,
-    locate_block,
+    launch_options,
     soft_cap_logits,
+    wait_for_inputs,
 )
 
-CHUNK_TOKENS = 1024
-_TILE_TOKENS = 64
-_PROGRAMS_PER_MULTIPROCESSOR = 4
 _LOG2E = 1.4426950408889634
 
 
@@ -75,27 +73,27 @@ def _merge(
 
 
 @triton.jit
+def _slice_tokens(tokens, ITEM: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """Tokens of one slice: ITEM, or more where that would give over SPLITS slices."""
+    least = (tokens + SPLITS - 1) // SPLITS
+    return tl.maximum((least + TILE - 1) // TILE * TILE, ITEM)
+
+
+@triton.jit
 def _attend_kernel(
     q_ptr,
     keys_ptr,
     values_ptr,
     page_ids_ptr,
-    seq_lens_ptr,
     sparse_ptr,
-    positions_ptr,
-    candidate_page_ids_ptr,
-    counts_ptr,
-    candidate_tokens_ptr,
-    logits_ptr,
-    thresholds_ptr,
+    lists_ptr,
     kept_tokens_ptr,
-    scratch_ptr,
     partial_ptr,
     partial_stats_ptr,
     arrivals_ptr,
     out_ptr,
-    batch,
-    width,
+    pairs,
+    stride_list,
     stride_page_ids,
     stride_q_row,
     stride_q_head,
@@ -109,9 +107,7 @@ def _attend_kernel(
     logit_cap,
     LOG2E: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    PRUNE: tl.constexpr,
-    SINK: tl.constexpr,
-    RECENT: tl.constexpr,
+    LISTS_TOKENS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
@@ -122,38 +118,41 @@ def _attend_kernel(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     PS: tl.constexpr,
-    BATCH_PAD: tl.constexpr,
+    PAIRS_PAD: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    ITEM: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    rows = tl.arange(0, BATCH_PAD)
-    # A row's tokens to look at; every head of a row has as many.
-    row_tokens = tl.load(candidate_tokens_ptr + rows * HK, rows < batch, other=0)
-    row_chunks = (row_tokens + CHUNK - 1) // CHUNK
-    chunks_per_split = tl.maximum((row_chunks + SPLITS - 1) // SPLITS, 1)
-    row_splits = (row_chunks + chunks_per_split - 1) // chunks_per_split
-    row_ends = tl.cumsum(row_splits, 0)
+    wait_for_inputs(PDL)
+    every = tl.arange(0, PAIRS_PAD)
+    all_tokens = tl.load(kept_tokens_ptr + every, every < pairs, other=0)
+    slices = _slice_tokens(all_tokens, ITEM, SPLITS, TILE)
+    slices = (all_tokens + slices - 1) // slices
+    ends = tl.cumsum(slices, 0)
     head = tl.arange(0, G_PAD)
-    few_heads = tl.arange(0, G_ROWS)
     channel = tl.arange(0, D_PAD)
     value_channel = tl.arange(0, DV_PAD)
-    chunk_token = tl.arange(0, CHUNK)
     tile_token = tl.arange(0, TILE)
-    slots_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * CHUNK
-    for item in range(tl.program_id(0), tl.sum(row_splits, 0) * HK, tl.num_programs(0)):
-        row, head_kv, split = locate_block(item, row_splits, row_ends, HK)
-        row64 = row.to(tl.int64)
-        pair = row64 * HK + head_kv
-        tokens = tl.load(candidate_tokens_ptr + pair)
-        length = tl.load(seq_lens_ptr + row)
-        is_sparse = tl.load(sparse_ptr + row) != 0
-        chunks = (tokens + CHUNK - 1) // CHUNK
-        per_split = (chunks + SPLITS - 1) // SPLITS
-        splits = (chunks + per_split - 1) // per_split
-        start = split * per_split * CHUNK
-        end = tl.minimum(start + per_split * CHUNK, tokens)
+    for item in range(tl.program_id(0), tl.sum(slices, 0), tl.num_programs(0)):
+        before = ends <= item
+        pair = tl.sum(before.to(tl.int32), 0)
+        split = item - tl.sum(tl.where(before, slices, 0), 0)
+        row64 = (pair // HK).to(tl.int64)
+        head_kv = pair % HK
+        tokens = tl.load(kept_tokens_ptr + pair)
+        by_token = LISTS_TOKENS & (tl.load(sparse_ptr + row64) != 0)
+        per_slice = _slice_tokens(tokens, ITEM, SPLITS, TILE)
+        splits = (tokens + per_slice - 1) // per_slice
+        start = split * per_slice
+        end = tl.minimum(start + per_slice, tokens)
+        pair = pair.to(tl.int64)
+        list_ptr = lists_ptr + pair * stride_list
+        if tl.load(sparse_ptr + row64) == 0:
+            list_ptr = page_ids_ptr + row64 * stride_page_ids
+        shrink = tl.where(by_token, 1, PS)
         q = tl.load(
             q_ptr
             + row64 * stride_q_row
@@ -162,78 +161,36 @@ def _attend_kernel(
             (head[:, None] < G) & (channel[None, :] < D),
             other=0.0,
         ).to(COMPUTE)
+        keys_head_ptr = keys_ptr + head_kv * stride_key_head
+        values_head_ptr = values_ptr + head_kv * stride_value_head
         most = tl.full([G_PAD], -float("inf"), tl.float32)
         sums = tl.zeros([G_PAD], tl.float32)
         acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
-        kept_here = 0
-        for first in range(start, end, CHUNK):
-            token = first + chunk_token
-            inside = token < end
-            if is_sparse:
-                place = pair * width + token // PS
-                page = tl.load(candidate_page_ids_ptr + place, inside, other=0)
-                if PRUNE:
-                    position = tl.load(positions_ptr + place, inside, other=0) * PS + token % PS
-                    open_from = (length - 1) // PS * PS
-                    keep_from = tl.minimum(open_from, length - RECENT)
-                    keep = (position < SINK) | (position >= keep_from)
-                    threshold = tl.load(
-                        thresholds_ptr + pair * G + few_heads,
-                        few_heads < G,
-                        other=float("inf"),
-                    )
-                    logit_ptr = logits_ptr + (pair * G + few_heads)[:, None] * (width * PS)
-                    logit = tl.load(
-                        logit_ptr + token[None, :],
-                        (few_heads < G)[:, None] & inside[None, :],
-                        other=-float("inf"),
-                    ).to(tl.float32)
-                    over = (logit >= threshold[:, None]).to(tl.int32)
-                    keep = (keep | (tl.max(over, 0) != 0)) & inside
-                else:
-                    keep = inside
-            else:
-                page = tl.load(
-                    page_ids_ptr + row64 * stride_page_ids + token // PS, inside, other=0
-                )
-                keep = inside
-            packed = keep.to(tl.int32)
-            kept = tl.sum(packed, 0)
-            tl.store(slots_ptr + tl.cumsum(packed, 0) - 1, page * PS + token % PS, keep)
-            tl.debug_barrier()
-            kept_here += kept
-            for tile in range(0, kept, TILE):
-                valid = tile + tile_token < kept
-                slot = tl.load(slots_ptr + tile + tile_token, valid, other=0).to(tl.int64)
-                keys = tl.load(
-                    keys_ptr
-                    + head_kv * stride_key_head
-                    + slot[:, None] * stride_key_slot
-                    + channel[None, :],
-                    valid[:, None] & (channel[None, :] < D),
-                    other=0.0,
-                ).to(COMPUTE)
-                values = tl.load(
-                    values_ptr
-                    + head_kv * stride_value_head
-                    + slot[:, None] * stride_value_slot
-                    + value_channel[None, :],
-                    valid[:, None] & (value_channel[None, :] < DV),
-                    other=0.0,
-                ).to(COMPUTE)
-                scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * sm_scale
-                scores = soft_cap_logits(scores, logit_cap, HAS_CAP) * LOG2E
-                scores = tl.where(valid[None, :], scores, -float("inf"))
-                new_most = tl.maximum(most, tl.max(scores, 1))
-                weights = tl.exp2(scores - new_most[:, None])
-                shrink = tl.exp2(most - new_most)
-                sums = sums * shrink + tl.sum(weights, 1)
-                acc = acc * shrink[:, None]
-                acc = tl.dot(weights.to(COMPUTE), values, acc, input_precision="ieee")
-                most = new_most
-            tl.debug_barrier()
-        if PRUNE:
-            tl.atomic_add(kept_tokens_ptr + pair, kept_here, is_sparse, sem="relaxed")
+        for first in tl.range(start, end, TILE, num_stages=STAGES):
+            token = first + tile_token
+            valid = token < end
+            listed = tl.load(list_ptr + token // shrink, valid, other=0).to(tl.int64)
+            slot = tl.where(by_token, listed, listed * PS + token % PS)
+            keys = tl.load(
+                keys_head_ptr + slot[:, None] * stride_key_slot + channel[None, :],
+                valid[:, None] & (channel[None, :] < D),
+                other=0.0,
+            )
+            values = tl.load(
+                values_head_ptr + slot[:, None] * stride_value_slot + value_channel[None, :],
+                valid[:, None] & (value_channel[None, :] < DV),
+                other=0.0,
+            )
+            scores = tl.dot(q, tl.trans(keys.to(COMPUTE)), input_precision="ieee") * sm_scale
+            scores = soft_cap_logits(scores, logit_cap, HAS_CAP) * LOG2E
+            scores = tl.where(valid[None, :], scores, -float("inf"))
+            new_most = tl.maximum(most, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_most[:, None])
+            decay = tl.exp2(most - new_most)
+            sums = sums * decay + tl.sum(weights, 1)
+            acc = acc * decay[:, None]
+            acc = tl.dot(weights.to(COMPUTE), values.to(COMPUTE), acc, input_precision="ieee")
+            most = new_most
         inside_out = (head[:, None] < G) & (value_channel[None, :] < DV)
         out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
         if splits == 1:
@@ -272,14 +229,13 @@ def _attend_kernel(
 def max_splits(batch: int, heads_kv: int) -> int:
     """Slices into which one (request, KV head) may be cut; a power of two."""
     wanted = triton.cdiv(2048, batch * heads_kv)
-    return min(128, max(8, triton.next_power_of_2(wanted)))
+    return min(128, max(16, triton.next_power_of_2(wanted)))
 
 
 class AttendWorkspace:
     """Memory of `attend` that outlives a call.
 
     Attributes:
-        scratch: [programs, CHUNK_TOKENS] int32 packed token slots of each running program.
         partial: float32 partial outputs, [B, HK, splits, G, DV] with G and DV padded to powers
             of two; partial_stats: float32 [B, HK, splits, 2, G], largest logit and sum.
         arrivals: [B, HK] int32 finished slices; 0 between calls.
@@ -290,12 +246,20 @@ class AttendWorkspace:
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
         slices = max(b * max_splits(b, heads_kv) for b in range(1, max_batch + 1)) * heads_kv
-        programs = grid_programs(device, _PROGRAMS_PER_MULTIPROCESSOR)
         padded = triton.next_power_of_2(dim_v)
-        self.scratch = torch.zeros(programs, CHUNK_TOKENS, dtype=torch.int32, device=device)
         self.partial = torch.empty(slices * rows * padded, dtype=torch.float32, device=device)
         self.partial_stats = torch.empty(slices * 2 * rows, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
+
+
+def _tiling(pairs: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
+    """Tokens of a slice and of a tile, pipeline stages, warps, programs an SM."""
+    if is_interpreted():
+        return 32, 16, 1, 4, 1
+    tile = 64 if bytes_per_token <= 512 else 32
+    if pairs < 32:
+        return 64, tile, 1, 4, 4
+    return (512 if pairs >= 128 else 256), tile, 5, 4, 4
 
 
 def attend(
@@ -303,36 +267,29 @@ def attend(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     page_ids: torch.Tensor,
-    seq_lens: torch.Tensor,
     sparse: torch.Tensor,
-    positions: torch.Tensor,
-    candidate_page_ids: torch.Tensor,
-    counts: torch.Tensor,
-    candidate_tokens: torch.Tensor,
-    logits: torch.Tensor | None,
-    thresholds: torch.Tensor | None,
+    lists: torch.Tensor,
     kept_tokens: torch.Tensor,
     workspace: AttendWorkspace,
     out: torch.Tensor,
     *,
-    sink_tokens: int,
-    recent_tokens: int,
+    lists_tokens: bool,
     sm_scale: float,
     logit_cap: float = 0.0,
 ) -> None:
-    """Softmax attention of one query token over the union of each group's kept tokens.
+    """Softmax attention of one query token over each (request, KV head)'s tokens.
 
-    Sink, recent and open tokens are kept whatever their logit. The result of a run does not
-    depend on the order in which programs finish.
+    The result of a run does not depend on the order in which programs finish.
 
     Args:
         q: [B, HQ, D]; key_cache: [P, PS, HK, D]; value_cache: [P, PS, HK, DV].
-        page_ids, seq_lens, sparse: see `DecodePlan`.
-        positions, candidate_page_ids, counts, candidate_tokens: from `select_pages`.
-        logits, thresholds: from `estimate_logits` and `top_p_thresholds`; both None to attend
-            to every candidate.
-        kept_tokens: [B, HK] int32, increased by the tokens kept of sparse rows when pruning.
-        out: [B, HQ, DV], written for rows with tokens.
+        page_ids: [B, T] int32; sparse: [B] bool: see `DecodePlan`.
+        lists: [B, HK, K] int32 of sparse rows: with lists_tokens kept token slots from
+            `unite_kept`, else candidate physical pages from `select_pages`. Rows that are not
+            sparse use page_ids.
+        kept_tokens: [B, HK] int32 tokens to attend to; 0 leaves the output alone.
+        out: [B, HQ, DV], written.
+        sm_scale, logit_cap: softmax scale and soft cap, 0 for none.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -340,27 +297,23 @@ def attend(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     splits = max_splits(batch, heads_kv)
-    _attend_kernel[(workspace.scratch.shape[0],)](
+    item, tile, stages, warps, programs = _tiling(
+        batch * heads_kv, (dim + dim_v) * key_cache.element_size()
+    )
+    _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,
         value_cache,
         page_ids,
-        seq_lens,
         sparse,
-        positions,
-        candidate_page_ids,
-        counts,
-        candidate_tokens,
-        logits,
-        thresholds,
+        lists,
         kept_tokens,
-        workspace.scratch,
         workspace.partial,
         workspace.partial_stats,
         workspace.arrivals,
         out,
-        batch,
-        candidate_page_ids.shape[-1],
+        batch * heads_kv,
+        lists.stride(1),
         page_ids.stride(0),
         q.stride(0),
         q.stride(1),
@@ -374,9 +327,7 @@ def attend(
         logit_cap,
         LOG2E=_LOG2E,
         HAS_CAP=logit_cap != 0,
-        PRUNE=logits is not None,
-        SINK=sink_tokens,
-        RECENT=recent_tokens,
+        LISTS_TOKENS=lists_tokens,
         COMPUTE=compute_dtype(q.dtype),
         HK=heads_kv,
         G=group,
@@ -387,11 +338,11 @@ def attend(
         DV=dim_v,
         DV_PAD=dim_v_pad,
         PS=page_size,
-        BATCH_PAD=triton.next_power_of_2(batch),
+        PAIRS_PAD=triton.next_power_of_2(batch * heads_kv),
         SPLITS=splits,
         SPLIT_BLOCK=min(splits, max(1, 8192 // (rows * dim_v_pad))),
-        CHUNK=64 if is_interpreted() else CHUNK_TOKENS,
-        TILE=16 if is_interpreted() else _TILE_TOKENS,
-        num_warps=4,
-        num_stages=2,
+        ITEM=item,
+        TILE=tile,
+        STAGES=stages,
+        **launch_options(warps),
     )

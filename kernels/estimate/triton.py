@@ -16,11 +16,11 @@ from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
     is_interpreted,
+    launch_options,
     locate_block,
     soft_cap_logits,
+    wait_for_inputs,
 )
-
-_BLOCK_TOKENS = 128
 
 
 @triton.jit
@@ -143,83 +143,100 @@ def _estimate_kernel(
     PS: tl.constexpr,
     BATCH_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
     PACKED_ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     PAGES: tl.constexpr = BLOCK // PS
     HALF: tl.constexpr = D // 2
+    ITEM_PAGES: tl.constexpr = PAGES * BLOCKS
     rows = tl.arange(0, BATCH_PAD)
     counts = tl.load(counts_ptr + rows * HK, rows < batch, other=0)
-    blocks = (counts + PAGES - 1) // PAGES
-    ends = tl.cumsum(blocks, 0)
+    items = (counts + ITEM_PAGES - 1) // ITEM_PAGES
+    ends = tl.cumsum(items, 0)
     head = tl.arange(0, G_PAD)
     token = tl.arange(0, BLOCK)
-    for item in range(tl.program_id(0), tl.sum(blocks, 0) * HK, tl.num_programs(0)):
-        row, head_kv, block = locate_block(item, blocks, ends, HK)
+    for item in range(tl.program_id(0), tl.sum(items, 0) * HK, tl.num_programs(0)):
+        row, head_kv, block = locate_block(item, items, ends, HK)
         pair = (row * HK + head_kv).to(tl.int64)
         count = tl.load(counts_ptr + pair)
         length = tl.load(seq_lens_ptr + row)
-        candidate = block * PAGES + token // PS  # [BLOCK]
         open_tokens = (length - 1) % PS + 1
-        inside = (candidate < count - 1) | ((candidate == count - 1) & (token % PS < open_tokens))
         pages_ptr = candidate_page_ids_ptr + pair * width
-        page = tl.load(pages_ptr + candidate, candidate < count, other=0).to(tl.int64)
         q_group_ptr = q_ptr + row.to(tl.int64) * stride_q_row + head_kv * G * stride_q_head
         keys_head_ptr = keys_ptr + head_kv * stride_key_head
-        out = logits_ptr + (pair * G + head[:, None]) * (width * PS)
-        out += (block * BLOCK + token)[None, :]
+        out_ptr = logits_ptr + (pair * G + head[:, None]) * (width * PS)
+        first_page = block * ITEM_PAGES
+        last_page = tl.minimum(first_page + ITEM_PAGES, count)
         if EXACT:
-            logits = _exact_logits(
-                q_group_ptr,
-                keys_head_ptr,
-                page * PS + token % PS,
-                inside,
-                stride_q_head,
-                stride_slot,
-                COMPUTE,
-                G,
-                G_PAD,
-                D,
-                D_PAD,
-            )
-            logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
-            store = (head[:, None] < G) & inside[None, :]
-            tl.store(out, logits.to(logits_ptr.dtype.element_ty), store)
+            for start in tl.range(first_page, last_page, PAGES, num_stages=STAGES):
+                candidate = start + token // PS  # [BLOCK]
+                in_page = tl.where(candidate == count - 1, open_tokens, PS)
+                inside = (candidate < last_page) & (token % PS < in_page)
+                page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
+                logits = _exact_logits(
+                    q_group_ptr,
+                    keys_head_ptr,
+                    page * PS + token % PS,
+                    inside,
+                    stride_q_head,
+                    stride_slot,
+                    COMPUTE,
+                    G,
+                    G_PAD,
+                    D,
+                    D_PAD,
+                )
+                logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
+                tl.store(
+                    out_ptr + (start * PS + token)[None, :],
+                    logits.to(logits_ptr.dtype.element_ty),
+                    (head[:, None] < G) & inside[None, :],
+                )
         else:
-            sealed = candidate < count - 1  # the last candidate is the open page
             channel = tl.arange(0, HALF_PAD)
-            code_row = (page * HK + head_kv) * PS + token % PS
-            packed = tl.load(
-                codes_ptr + code_row[:, None] * HALF + channel[None, :],
-                sealed[:, None] & (channel[None, :] < HALF),
-                other=0,
-            )
-            scale = tl.load(scale_zero_ptr + code_row * 2, sealed, other=0.0).to(tl.float32)
-            zero = tl.load(scale_zero_ptr + code_row * 2 + 1, sealed, other=0.0).to(tl.float32)
             digit_ptr = q_codes_ptr + (pair * G + head[:, None]) * (2 * D) + channel[None, :]
             digit_inside = (head[:, None] < G) & (channel[None, :] < HALF)
-            low, high = _unpack(packed, PACKED_ASM)
-            low = tl.trans(low)
-            high = tl.trans(high)  # [HALF_PAD, BLOCK]
-            first = tl.dot(tl.load(digit_ptr, digit_inside, other=0), low, out_dtype=tl.int32)
-            first = tl.dot(
-                tl.load(digit_ptr + HALF, digit_inside, other=0), high, first, out_dtype=tl.int32
-            )
-            second = tl.dot(tl.load(digit_ptr + D, digit_inside, other=0), low, out_dtype=tl.int32)
-            second = tl.dot(
-                tl.load(digit_ptr + D + HALF, digit_inside, other=0),
-                high,
-                second,
-                out_dtype=tl.int32,
-            )
+            first_low = tl.load(digit_ptr, digit_inside, other=0)
+            first_high = tl.load(digit_ptr + HALF, digit_inside, other=0)
+            second_low = tl.load(digit_ptr + D, digit_inside, other=0)
+            second_high = tl.load(digit_ptr + D + HALF, digit_inside, other=0)
             scale_sum_ptr = q_scale_sum_ptr + (pair * G + head) * 2
             q_scale = tl.load(scale_sum_ptr, head < G, other=0.0) * sm_scale
             q_sum = tl.load(scale_sum_ptr + 1, head < G, other=0.0) * sm_scale
-            products = first.to(tl.float32) + second.to(tl.float32) * (1.0 / 254.0)
-            logits = products * q_scale[:, None] * scale[None, :] + q_sum[:, None] * zero[None, :]
-            logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
-            store = (head[:, None] < G) & sealed[None, :]
-            tl.store(out, logits.to(logits_ptr.dtype.element_ty), store)
-            if (block + 1) * PAGES >= count:
+            sealed_end = tl.minimum(last_page, count - 1)  # the last candidate is the open page
+            for start in tl.range(first_page, sealed_end, PAGES, num_stages=STAGES):
+                candidate = start + token // PS  # [BLOCK]
+                inside = candidate < sealed_end
+                page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
+                code_row = (page * HK + head_kv) * PS + token % PS
+                packed = tl.load(
+                    codes_ptr + code_row[:, None] * HALF + channel[None, :],
+                    inside[:, None] & (channel[None, :] < HALF),
+                    other=0,
+                )
+                pair_bits = tl.load(scale_zero_ptr + code_row, inside, other=0)
+                scale = (pair_bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+                zero = (pair_bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+                low, high = _unpack(packed, PACKED_ASM)
+                low = tl.trans(low)
+                high = tl.trans(high)  # [HALF_PAD, BLOCK]
+                first = tl.dot(first_low, low, out_dtype=tl.int32)
+                first = tl.dot(first_high, high, first, out_dtype=tl.int32)
+                second = tl.dot(second_low, low, out_dtype=tl.int32)
+                second = tl.dot(second_high, high, second, out_dtype=tl.int32)
+                products = first.to(tl.float32) + second.to(tl.float32) * (1.0 / 254.0)
+                logits = products * q_scale[:, None] * scale.to(tl.float32)[None, :]
+                logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
+                logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
+                tl.store(
+                    out_ptr + (start * PS + token)[None, :],
+                    logits.to(logits_ptr.dtype.element_ty),
+                    (head[:, None] < G) & inside[None, :],
+                )
+            if last_page == count:
                 offset = tl.arange(0, PS)
                 open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
                 open_inside = offset < open_tokens
@@ -237,10 +254,18 @@ def _estimate_kernel(
                     D_PAD,
                 )
                 open_logits = soft_cap_logits(open_logits * sm_scale, logit_cap, HAS_CAP)
-                open_out = logits_ptr + (pair * G + head[:, None]) * (width * PS)
-                open_out += ((count - 1) * PS + offset)[None, :]
-                open_store = (head[:, None] < G) & open_inside[None, :]
-                tl.store(open_out, open_logits.to(logits_ptr.dtype.element_ty), open_store)
+                tl.store(
+                    out_ptr + ((count - 1) * PS + offset)[None, :],
+                    open_logits.to(logits_ptr.dtype.element_ty),
+                    (head[:, None] < G) & open_inside[None, :],
+                )
+
+
+def _tiling(pairs: int) -> tuple[int, int, int, int, int]:
+    """Tokens of a block, blocks of an item, blocks in flight, warps, programs an SM."""
+    if is_interpreted():
+        return 64, 2, 1, 4, 1
+    return (128, 8, 7, 4, 6) if pairs >= 32 else (128, 1, 1, 4, 8)
 
 
 def estimate_logits(
@@ -278,12 +303,13 @@ def estimate_logits(
     batch, heads_q, dim = q.shape
     page_size, heads_kv = key_cache.shape[1:3]
     group = heads_q // heads_kv
-    block = max(_BLOCK_TOKENS, page_size)
-    _estimate_kernel[(grid_programs(q.device, 12),)](
+    block, blocks, stages, warps, programs = _tiling(batch * heads_kv)
+    block = max(block, page_size)
+    _estimate_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,
         codes,
-        scale_zero,
+        None if scale_zero is None else scale_zero.view(torch.int32),  # scale low, zero high
         q_codes,
         q_scale_sum,
         candidate_page_ids,
@@ -310,7 +336,8 @@ def estimate_logits(
         PS=page_size,
         BATCH_PAD=triton.next_power_of_2(batch),
         BLOCK=block,
+        BLOCKS=blocks,
+        STAGES=stages,
         PACKED_ASM=not is_interpreted(),
-        num_warps=4,
-        num_stages=1,
+        **launch_options(warps),
     )

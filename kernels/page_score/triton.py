@@ -4,9 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.launch import compute_dtype, grid_programs, locate_block
-
-_BLOCK_PAGES = 64
+from twilight_sgl.kernels.launch import (
+    compute_dtype,
+    grid_programs,
+    is_interpreted,
+    launch_options,
+    locate_block,
+    wait_for_inputs,
+)
 
 
 @triton.jit
@@ -31,7 +36,9 @@ def _page_score_kernel(
     PS: tl.constexpr,
     BATCH_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     rows = tl.arange(0, BATCH_PAD)
     real = rows < batch
     lengths = tl.load(seq_lens_ptr + rows, real, other=0)
@@ -65,6 +72,13 @@ def _page_score_kernel(
         tl.store(out, bound, inside)
 
 
+def _tiling(pairs: int) -> tuple[int, int, int, int]:
+    """Pages of a block, pipeline stages, warps, programs an SM."""
+    if is_interpreted():
+        return 16, 1, 4, 1
+    return (64, 3, 4, 3) if pairs >= 32 else (32, 1, 4, 8)
+
+
 def page_scores(
     q: torch.Tensor,
     min_max: torch.Tensor,
@@ -87,7 +101,8 @@ def page_scores(
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
-    _page_score_kernel[(grid_programs(q.device, 12),)](
+    block, stages, warps, programs = _tiling(batch * heads_kv)
+    _page_score_kernel[(grid_programs(q.device, programs),)](
         q,
         min_max,
         page_ids,
@@ -107,7 +122,6 @@ def page_scores(
         D_PAD=triton.next_power_of_2(dim),
         PS=page_size,
         BATCH_PAD=triton.next_power_of_2(batch),
-        BLOCK=_BLOCK_PAGES,
-        num_warps=4,
-        num_stages=1,
+        BLOCK=block,
+        **launch_options(warps, stages),
     )

@@ -23,9 +23,12 @@ def quantize_int4(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     half = keys.shape[-1] // 2
     low = keys.amin(-1)
     zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
-    scale = ((keys.amax(-1) - low) / INT4_LEVELS).clamp(max=FLOAT16_MAX).half()
+    # By a tensor: CUDA divides by a Python number as a product with its reciprocal.
+    scale = (keys.amax(-1) - low) / torch.full_like(low, INT4_LEVELS)
+    scale = scale.clamp(max=FLOAT16_MAX).half()
     step = scale.float().unsqueeze(-1)
-    codes = (keys - zero.float().unsqueeze(-1)) / torch.where(step > 0, step, 1.0)
+    step = torch.where(step > 0, step, 1.0)
+    codes = (keys - zero.float().unsqueeze(-1)) * (torch.ones_like(step) / step)
     codes = codes.round().clamp(0, INT4_LEVELS).to(torch.uint8)
     packed = codes[..., :half] | (codes[..., half:] << 4)
     return packed, torch.stack((scale, zero), dim=-1)

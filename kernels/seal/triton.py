@@ -91,9 +91,9 @@ def claim_pages(
 
 
 @triton.jit
-def _codes(keys, zero, step, LEVELS: tl.constexpr):
+def _codes(keys, zero, per_step, LEVELS: tl.constexpr):
     """Nearest code, ties to even: adding 1.5 * 2**23 leaves no bits below 1."""
-    x = tl.div_rn(keys - zero, tl.zeros_like(keys) + step)
+    x = (keys - zero) * per_step
     x = tl.minimum(tl.maximum(x, 0.0), LEVELS)
     return ((x + 12582912.0) - 12582912.0).to(tl.int32)
 
@@ -156,10 +156,11 @@ def _seal_kernel(
             scale = tl.div_rn(high - low, tl.zeros_like(low) + LEVELS)
             scale = tl.minimum(scale, F16_MAX).to(tl.float16)
             step = scale.to(tl.float32)
-            step = tl.where(step > 0, step, 1.0)[:, :, None]
+            step = tl.where(step > 0, step, 1.0)
+            per_step = tl.div_rn(tl.full([PS, HEADS], 1.0, tl.float32), step)[:, :, None]
             base = zero.to(tl.float32)[:, :, None]
-            packed = _codes(low_half, base, step, LEVELS)
-            packed |= _codes(high_half, base, step, LEVELS) << 4
+            packed = _codes(low_half, base, per_step, LEVELS)
+            packed |= _codes(high_half, base, per_step, LEVELS) << 4
             token_row = (row + head) * PS + token
             tl.store(codes_ptr + token_row * HALF + channel, packed.to(tl.uint8), inside)
             token_row_2d = (

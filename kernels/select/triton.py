@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from twilight_sgl.kernels.estimate.triton import quantize_query
+from twilight_sgl.kernels.launch import launch_options, wait_for_inputs
 from twilight_sgl.kernels.select.reference import budget_pages
 
 
@@ -28,26 +29,39 @@ def _add3(a0, a1, a2, b0, b1, b2):
 
 
 @triton.jit
-def _kth_largest(keys, k):
-    """The k-th largest int32 key, two bits a round."""
-    threshold = tl.full([], -0x80000000, tl.int64)
-    for digit in tl.static_range(16):
-        first = threshold + (1 << (30 - 2 * digit))
-        second = threshold + (2 << (30 - 2 * digit))
-        third = threshold + (3 << (30 - 2 * digit))
+def _search_threshold(keys, scored, k):
+    """The largest int32 threshold with at least k keys from it on, and how many there are.
+
+    Three thresholds a round, between the least and the greatest key, until one has exactly k
+    keys or only equal keys are left.
+    """
+    low = tl.min(tl.where(scored, keys, 0x7FFFFFFF), 0).to(tl.int64)
+    high = tl.max(tl.where(scored, keys, -0x80000000), 0).to(tl.int64) + 1
+    count = tl.sum(scored.to(tl.int32), 0)
+    while (count > k) & (high - low > 1):
+        width = high - low
+        first = low + tl.maximum(width // 4, 1)
+        second = tl.maximum(low + width // 2, first)
+        third = tl.maximum(low + (width // 4) * 3, second)
         ones, twos, threes = tl.reduce(
             (
-                (keys >= first.to(tl.int32)).to(tl.int32),
-                (keys >= second.to(tl.int32)).to(tl.int32),
-                (keys >= third.to(tl.int32)).to(tl.int32),
+                (scored & (keys >= first.to(tl.int32))).to(tl.int32),
+                (scored & (keys >= second.to(tl.int32))).to(tl.int32),
+                (scored & (keys >= third.to(tl.int32))).to(tl.int32),
             ),
             0,
             _add3,
         )
-        threshold = tl.where(
-            threes >= k, third, tl.where(twos >= k, second, tl.where(ones >= k, first, threshold))
+        count = tl.where(
+            threes >= k, threes, tl.where(twos >= k, twos, tl.where(ones >= k, ones, count))
         )
-    return threshold.to(tl.int32)
+        high = tl.where(
+            threes >= k, high, tl.where(twos >= k, third, tl.where(ones >= k, second, first))
+        )
+        low = tl.where(
+            threes >= k, third, tl.where(twos >= k, second, tl.where(ones >= k, first, low))
+        )
+    return low.to(tl.int32), count
 
 
 @triton.jit
@@ -85,8 +99,9 @@ def _select_kernel(
     DV_PAD: tl.constexpr,
     COLUMNS_PAD: tl.constexpr,
     HAS_CODES: tl.constexpr,
-    COUNT_KEPT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     pair = tl.program_id(0)
     row = pair // HK
     head_kv = pair % HK
@@ -110,21 +125,27 @@ def _select_kernel(
         exists = position < pages
         forced = exists & ((position < sink_below) | (position >= recent_from))
         num_forced = tl.sum(forced.to(tl.int32), 0)
-        count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
-        scored = exists & (position < (length - 1) // PS)
+        scored = exists & (position < (length - 1) // PS) & (~forced)
         score_ptr = scores_ptr + pair.to(tl.int64) * stride_scores + position
         score = tl.load(score_ptr, scored, other=0.0) + 0.0  # -0 becomes 0
+        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, exists, other=0)
+        count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
         bits = score.to(tl.int32, bitcast=True)
-        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        ordered = tl.where(forced, 0x7FFFFFFF, ordered)
-        ordered = tl.where(exists, ordered, -0x80000000)
-        threshold = _kth_largest(ordered, count)
-        above = ordered > threshold
-        ties = (exists & (ordered == threshold)).to(tl.int32)
-        room = count - tl.sum(above.to(tl.int32), 0)
-        chosen = above | ((ties != 0) & (tl.cumsum(ties, 0) <= room))
+        keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        room = count - num_forced
+        chosen = forced
+        if room > 0:
+            threshold, above = _search_threshold(keys, scored, room)
+            good = scored & (keys >= threshold)
+            if above > room:  # of equal scores the earlier pages
+                ties = good & (keys == threshold)
+                surplus = above - room
+                tie_count = tl.sum(ties.to(tl.int32), 0)
+                good = good & (
+                    (keys > threshold) | (tl.cumsum(ties.to(tl.int32), 0) <= tie_count - surplus)
+                )
+            chosen = chosen | good
         slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, chosen, other=0)
         tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
         tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
         tokens = count * PS - (pages * PS - length)
@@ -141,10 +162,7 @@ def _select_kernel(
             )
     tl.store(counts_ptr + pair, count)
     tl.store(candidate_tokens_ptr + pair, tokens)
-    if COUNT_KEPT:  # the attention counts what it keeps of sparse rows
-        tl.store(kept_tokens_ptr + pair, tl.where(is_sparse, 0, tokens))
-    else:
-        tl.store(kept_tokens_ptr + pair, tokens)
+    tl.store(kept_tokens_ptr + pair, tokens)
 
 
 def select_pages(
@@ -166,7 +184,6 @@ def select_pages(
     page_size: int,
     sink_tokens: int,
     recent_tokens: int,
-    count_kept: bool = True,
 ) -> None:
     """Pick each KV head's best pages, exactly as `reference.select_pages`, and prepare the row.
 
@@ -183,8 +200,7 @@ def select_pages(
         counts: [B, HK] int32, written: candidate pages; 0 for rows that are not sparse.
         candidate_tokens: [B, HK] int32, written: tokens of them; all tokens of a row that is
             not sparse.
-        kept_tokens: [B, HK] int32, written: what candidate_tokens gets; with count_kept, 0 for
-            sparse rows, which the attention then counts up.
+        kept_tokens: [B, HK] int32, written: the same; pruning then overwrites sparse rows'.
         q_codes: [B, HQ, 2, D] int8 and q_scale_sum: [B, HQ, 2] float32, written for sparse rows,
             see `quantize_query`; None for the `exact` estimator.
         out: [B, HQ, DV], zeroed for rows of length 0.
@@ -227,6 +243,5 @@ def select_pages(
         DV_PAD=triton.next_power_of_2(out.shape[-1]),
         COLUMNS_PAD=columns_pad,
         HAS_CODES=q_codes is not None,
-        COUNT_KEPT=count_kept,
-        num_warps=4 if columns_pad <= 1024 else 8 if columns_pad <= 8192 else 16,
+        **launch_options(4 if columns_pad <= 1024 else 8 if columns_pad <= 2048 else 16),
     )

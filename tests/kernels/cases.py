@@ -4,8 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
+from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
+from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.kernels.attend.reference import attend
+from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
+from twilight_sgl.kernels.page_score.reference import page_scores
 from twilight_sgl.kernels.seal.reference import summarize
+from twilight_sgl.kernels.select.reference import select_pages
+from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, top_p_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -101,3 +108,76 @@ def draw(case: Case, *, seed: int = 0, poison: bool = True, device: str = DEVICE
     tensors = (keys, values, min_max, codes, scale_zero)
     cache = LayerCache(*(tensor.to(device) for tensor in tensors))
     return Drawn(q.to(case.dtype).to(device), cache, plan)
+
+
+def chosen_positions(decode: TritonDecode, drawn: Drawn) -> torch.Tensor:
+    """[B, HK, C] candidate pages that the last run used, -1 behind the last; all of dense rows."""
+    plan = drawn.plan
+    batch, columns = plan.page_ids.shape
+    size = decode.selection.page_size
+    pages = (plan.seq_lens + size - 1) // size
+    column = torch.arange(max(columns, decode.positions.shape[-1]), device=plan.seq_lens.device)
+    positions = column.expand(batch, decode.positions.shape[1], -1).int().clone()
+    width = decode.positions.shape[-1]
+    sparse = plan.sparse.view(-1, 1, 1)
+    positions[..., :width] = torch.where(
+        sparse, decode.positions[:batch], positions[..., :width].clone()
+    )
+    count = torch.where(plan.sparse.unsqueeze(1), decode.counts[:batch], pages.unsqueeze(1))
+    return positions.masked_fill(column >= count.unsqueeze(-1), -1)
+
+
+def expected_output(case: Case, drawn: Drawn, positions: torch.Tensor) -> LayerOutput:
+    """What the references make of given candidates.
+
+    Rounding may swap pages whose scores are nearly equal, so the stages after the selection are
+    checked on the pages that the kernels chose.
+    """
+    cache, plan, selection = drawn.cache, drawn.plan, case.selection
+    scales = {"sm_scale": case.dim**-0.5, "logit_cap": case.logit_cap}
+    exact = selection.estimator == "exact"
+    codes, scale_zero = (None, None) if exact else (cache.codes, cache.scale_zero)
+    logits = estimate_logits(
+        drawn.q, cache.keys, codes, scale_zero, plan.page_ids, positions, plan.seq_lens, **scales
+    )
+    slots, token_positions = candidate_tokens(
+        plan.page_ids, positions, plan.seq_lens, selection.page_size
+    )
+    forced = forced_tokens(
+        token_positions,
+        plan.seq_lens,
+        page_size=selection.page_size,
+        sink_tokens=selection.sink_tokens,
+        recent_tokens=selection.recent_tokens,
+    )
+    p = plan.p if case.prune else torch.ones_like(plan.p)
+    kept_slots, kept = keep_union(
+        top_p_mask(logits, p), slots, token_positions, forced, plan.sparse
+    )
+    output = attend(drawn.q, cache.keys, cache.values, kept_slots, kept, **scales)
+    return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept)
+
+
+def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:
+    """The last run's candidates are exactly the reference's for the scores it computed."""
+    plan, size = drawn.plan, case.page_size
+    batch, columns = plan.page_ids.shape
+    scores = decode.scores[:batch, :, :columns]
+    full = torch.arange(columns, device=scores.device) < ((plan.seq_lens - 1) // size).unsqueeze(1)
+    scored = (full & plan.sparse.unsqueeze(1)).unsqueeze(1)
+    reference = page_scores(drawn.q, drawn.cache.min_max, plan.page_ids)
+    if scored.any():
+        wanted = torch.where(scored, reference, 0.0)
+        error = (torch.where(scored, scores, 0.0) - wanted).abs().max()
+        assert error <= 1e-4 * wanted.abs().max() + 1e-6
+    expected, _ = select_pages(
+        torch.where(scored, scores, 0.0),
+        plan.seq_lens,
+        plan.sparse,
+        page_size=size,
+        budget=case.budget,
+        sink_tokens=case.sink_tokens,
+        recent_tokens=case.recent_tokens,
+    )
+    got = chosen_positions(decode, drawn)[..., : expected.shape[-1]]
+    assert torch.equal(got, expected)

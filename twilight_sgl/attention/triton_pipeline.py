@@ -1,4 +1,4 @@
-"""The decode pipeline of one layer in Triton: five launches, no allocation, no synchronisation."""
+"""The decode pipeline of one layer in Triton: six launches, no allocation, no synchronisation."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
 from twilight_sgl.kernels.page_score.triton import page_scores
 from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
-from twilight_sgl.kernels.top_p.triton import BISECTION_STEPS, top_p_thresholds
+from twilight_sgl.kernels.top_p.triton import BISECTION_STEPS, top_p_thresholds, unite_kept
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
@@ -136,7 +136,9 @@ class TritonDecode:
         self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
         self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
         self.logits = self.thresholds = self.q_codes = self.q_scale_sum = None
+        self.kept_token_slots = None
         if prune:
+            self.kept_token_slots = empty(*pairs, width * page_size, dtype=torch.int32)
             self.logits = empty(max_batch, heads_q, width * page_size, dtype=logits_dtype)
             self.thresholds = empty(max_batch, heads_q, dtype=torch.float32)
         if self._use_codes:
@@ -197,6 +199,9 @@ class TritonDecode:
         thresholds = None if self.thresholds is None else self.thresholds[:batch]
         q_codes = None if self.q_codes is None else self.q_codes[:batch]
         q_scale_sum = None if self.q_scale_sum is None else self.q_scale_sum[:batch]
+        lists = candidate_page_ids
+        if self.kept_token_slots is not None:
+            lists = self.kept_token_slots[:batch]
         launches: dict[str, Callable[[], None]] = {}
         launches["score"] = lambda: page_scores(
             q,
@@ -225,7 +230,6 @@ class TritonDecode:
             page_size=selection.page_size,
             sink_tokens=selection.sink_tokens,
             recent_tokens=selection.recent_tokens,
-            count_kept=self.prune,
         )
         if logits is not None and thresholds is not None:
             launches["estimate"] = lambda: estimate_logits(
@@ -245,24 +249,31 @@ class TritonDecode:
             launches["top_p"] = lambda: top_p_thresholds(
                 logits, plan.p, counts, candidate_tokens, thresholds, steps=self.top_p_steps
             )
+            launches["union"] = lambda: unite_kept(
+                logits,
+                thresholds,
+                plan.seq_lens,
+                positions,
+                candidate_page_ids,
+                counts,
+                candidate_tokens,
+                lists,
+                kept_tokens,
+                page_size=selection.page_size,
+                sink_tokens=selection.sink_tokens,
+                recent_tokens=selection.recent_tokens,
+            )
         launches["attend"] = lambda: attend(
             q,
             cache.keys,
             cache.values,
             plan.page_ids,
-            plan.seq_lens,
             plan.sparse,
-            positions,
-            candidate_page_ids,
-            counts,
-            candidate_tokens,
-            logits,
-            thresholds,
+            lists,
             kept_tokens,
             self.attend_workspace,
             out,
-            sink_tokens=selection.sink_tokens,
-            recent_tokens=selection.recent_tokens,
+            lists_tokens=self.prune,
             sm_scale=sm_scale,
             logit_cap=logit_cap,
         )

@@ -71,7 +71,7 @@ def _bytes_by_stage(
     if logit_bytes:
         moved["estimate"] = candidates * (shape.dim // 2 + 4 + group * logit_bytes)
         moved["top_p"] = candidates * group * logit_bytes
-        moved["attend"] += candidates * group * logit_bytes
+        moved["union"] = candidates * group * logit_bytes + kept * 4
     return moved
 
 

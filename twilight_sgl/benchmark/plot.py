@@ -7,6 +7,7 @@ COLOURS = {
     "select": "#55a868",
     "estimate": "#c44e52",
     "top_p": "#8172b3",
+    "union": "#64b5cd",
     "attend": "#ccb974",
 }
 

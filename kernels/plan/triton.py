@@ -1,0 +1,185 @@
+"""A decode step's rows and the pages to seal for it, in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 2048
+
+
+@triton.jit
+def _plan_kernel(
+    req_to_token_ptr,
+    request_slots_ptr,
+    seq_lens_ptr,
+    p_of_slot_ptr,
+    first_step_ptr,
+    sealed_ptr,
+    page_ids_ptr,
+    lengths_ptr,
+    p_ptr,
+    sparse_ptr,
+    claimed_ptr,
+    num_claimed_ptr,
+    totals_ptr,
+    stride_table,
+    stride_pages,
+    min_context_tokens,
+    PS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(request_slots_ptr + row).to(tl.int64)
+    length = tl.where(slot > 0, tl.load(seq_lens_ptr + row), 0).to(tl.int32)
+    p = tl.load(p_of_slot_ptr + slot)
+    sparse = (p <= 1) & (length >= min_context_tokens) & (length > 0)
+    first_step = sparse & (tl.load(first_step_ptr + slot) != 0)
+    tl.store(lengths_ptr + row, length)
+    tl.store(p_ptr + row, tl.minimum(p, 1.0))
+    tl.store(sparse_ptr + row, sparse)
+
+    num_pages = (length + PS - 1) // PS
+    full_pages = tl.where(sparse, tl.maximum(length - 1, 0) // PS, 0)
+    built = tl.zeros((), tl.int64)
+    for start in range(0, num_pages, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        exists = column < num_pages
+        token_slot = tl.load(
+            req_to_token_ptr + slot * stride_table + column.to(tl.int64) * PS, exists, other=0
+        )
+        page = token_slot // PS
+        tl.store(page_ids_ptr + row * stride_pages + column, page, exists)
+        full = column < full_pages
+        unsealed = full & (tl.load(sealed_ptr + page, full, other=1) == 0)
+        if tl.max(unsealed.to(tl.int32), 0) > 0:
+            was = tl.atomic_xchg(sealed_ptr + page, 1, unsealed)
+            won = (unsealed & (was == 0)).to(tl.int32)
+            count = tl.sum(won, 0)
+            position = tl.atomic_add(num_claimed_ptr, count) + tl.cumsum(won, 0) - 1
+            tl.store(claimed_ptr + position, page, won != 0)
+            built += count.to(tl.int64)
+    if built > 0:
+        tl.atomic_add(totals_ptr, built)
+    if first_step:
+        tl.atomic_add(totals_ptr + 1, full_pages.to(tl.int64) - built)
+        tl.store(first_step_ptr + slot, tl.zeros((), tl.int1))
+
+
+def plan_and_claim(
+    req_to_token: torch.Tensor,
+    request_slots: torch.Tensor,
+    seq_lens: torch.Tensor,
+    p_of_slot: torch.Tensor,
+    first_step: torch.Tensor,
+    sealed: torch.Tensor,
+    page_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    p: torch.Tensor,
+    sparse: torch.Tensor,
+    claimed_page_ids: torch.Tensor,
+    num_claimed: torch.Tensor,
+    totals: torch.Tensor,
+    *,
+    page_size: int,
+    min_context_tokens: int,
+) -> None:
+    """Snapshot rows as `reference.plan_rows` does, and claim the full pages without a summary.
+
+    A full page is one before the page that holds the newest token. A claimed page is marked as
+    sealed at once, so that of rows that share it one claims it; it must be sealed before any
+    summary of the step is read. The order of claimed pages is not defined.
+
+    Args:
+        req_to_token, request_slots, seq_lens, p_of_slot: see `reference.plan_rows`.
+        first_step: [S] bool by request slot; read, and cleared for the sparse rows.
+        sealed: [P] int32 by physical page.
+        page_ids: [>= B, T] int32, lengths: [>= B] int32, p: [>= B] float32, sparse: [>= B] bool;
+            written. Columns behind a row's last page are left as they are.
+        claimed_page_ids: [P] int32, appended to from num_claimed, [1] int32, on.
+        totals: [2] int64, increased: pages claimed, and pages that rows in their first sparse
+            step did not have to claim.
+    """
+    _plan_kernel[(request_slots.shape[0],)](
+        req_to_token,
+        request_slots,
+        seq_lens,
+        p_of_slot,
+        first_step,
+        sealed,
+        page_ids,
+        lengths,
+        p,
+        sparse,
+        claimed_page_ids,
+        num_claimed,
+        totals,
+        req_to_token.stride(0),
+        page_ids.stride(0),
+        min_context_tokens,
+        PS=page_size,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(page_ids.shape[1])),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _count_kernel(
+    candidate_tokens_ptr,
+    kept_tokens_ptr,
+    lengths_ptr,
+    sparse_ptr,
+    budget_ptr,
+    layers,
+    batch,
+    stride_layer,
+    HK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    context = tl.zeros([BLOCK], tl.int64)
+    candidates = tl.zeros([BLOCK], tl.int64)
+    kept = tl.zeros([BLOCK], tl.int64)
+    items = layers * batch * HK
+    for start in range(tl.program_id(0) * BLOCK, items, tl.num_programs(0) * BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        inside = item < items
+        row = item // HK % batch
+        counted = inside & (tl.load(sparse_ptr + row, inside, other=0) != 0)
+        offset = (item // (HK * batch)).to(tl.int64) * stride_layer + item % (HK * batch)
+        context += tl.load(lengths_ptr + row, counted, other=0).to(tl.int64)
+        candidates += tl.load(candidate_tokens_ptr + offset, counted, other=0).to(tl.int64)
+        kept += tl.load(kept_tokens_ptr + offset, counted, other=0).to(tl.int64)
+    tl.atomic_add(budget_ptr, tl.sum(context, 0))
+    tl.atomic_add(budget_ptr + 1, tl.sum(candidates, 0))
+    tl.atomic_add(budget_ptr + 2, tl.sum(kept, 0))
+
+
+def count_budget(
+    candidate_tokens: torch.Tensor,
+    kept_tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    sparse: torch.Tensor,
+    budget: torch.Tensor,
+) -> None:
+    """Add the budgets of a step's sparse rows in all layers to running totals, in one launch.
+
+    Args:
+        candidate_tokens, kept_tokens: [L, max_batch, HK] int32, of which the first B rows count.
+        lengths: [B] int32 tokens of each row; sparse: [B] bool.
+        budget: [3] int64, increased: context, candidate and kept tokens over layers and KV heads.
+    """
+    layers, _, heads_kv = kept_tokens.shape
+    batch = lengths.shape[0]
+    block = 1024
+    _count_kernel[(min(16, triton.cdiv(layers * batch * heads_kv, block)),)](
+        candidate_tokens,
+        kept_tokens,
+        lengths,
+        sparse,
+        budget,
+        layers,
+        batch,
+        kept_tokens.stride(0),
+        HK=heads_kv,
+        BLOCK=block,
+        num_warps=4,
+    )
