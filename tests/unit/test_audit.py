@@ -1,0 +1,93 @@
+"""The audit finds every summary that is not that of the page's keys, and says where and what."""
+
+import pytest
+import torch
+
+from twilight_sgl.pages import audit as audit_module
+from twilight_sgl.pages.audit import Violation, audit
+from twilight_sgl.pages.pool import SummaryPool
+
+LAYERS = (2, 5)
+SHAPE = (8, 16, 2, 8)  # P, PS, HK, D
+SEALED = [1, 3, 4, 6, 7]
+
+
+class Sealed:
+    """A pool whose pages of `SEALED` were sealed from `keys`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self.keys = {layer: torch.randn(SHAPE, generator=rng).to(dtype) for layer in LAYERS}
+        pages, page_size, heads_kv, dim = SHAPE
+        self.pool = SummaryPool(
+            layer_ids=LAYERS,
+            num_pages=pages,
+            page_size=page_size,
+            heads_kv=heads_kv,
+            dim=dim,
+            dtype=dtype,
+            device="cpu",
+        )
+        self.pool.seal(torch.tensor(SEALED), self.keys.__getitem__)
+
+    def audit(self) -> list[Violation]:
+        return audit(self.pool, self.keys.__getitem__)
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def state(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sealed:
+    monkeypatch.setattr(audit_module, "PAGES_PER_CHUNK", 2)
+    return Sealed(request.param)
+
+
+def test_sealed_pages_pass_and_seal_marks_only_them(state: Sealed) -> None:
+    assert state.audit() == []
+    assert state.pool.sealed.nonzero().squeeze(1).tolist() == SEALED
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("page", SEALED)
+def test_key_written_after_sealing_is_found(state: Sealed, page: int, layer: int) -> None:
+    state.keys[layer][page, 7, 1, 3] = 100.0
+    assert state.audit() == [Violation(page, layer, ("min_max", "codes", "scale_zero"))]
+
+
+def test_key_that_moves_inside_the_ranges_changes_codes_only(state: Sealed) -> None:
+    keys = state.keys[5]
+    keys[3, 0, 1] = torch.tensor([-5.0, 5.0, 0, 0, 0, 0, 0, 0])  # sets its token's range
+    keys[3, 1:3, 1, 2] = torch.tensor([-5.0, 5.0])  # set its channel's range
+    state.pool.seal(torch.tensor([3]), state.keys.__getitem__)
+    assert state.audit() == []
+    keys[3, 0, 1, 2] = 2.0
+    assert state.audit() == [Violation(3, 5, ("codes",))]
+
+
+@pytest.mark.parametrize("field", ["min_max", "codes", "scale_zero"])
+def test_damaged_summary_is_named(state: Sealed, field: str) -> None:
+    row = LAYERS.index(5)
+    damaged = getattr(state.pool, field)[row, 4]
+    damaged.view(-1)[3] += 1
+    assert state.audit() == [Violation(4, 5, (field,))]
+
+
+def test_every_violation_is_listed(state: Sealed) -> None:
+    state.keys[2][7] += 1.0
+    state.keys[5][1] += 1.0
+    state.keys[5][6] += 1.0
+    found = [(violation.layer_id, violation.page_id) for violation in state.audit()]
+    assert found == [(2, 7), (5, 1), (5, 6)]
+
+
+def test_pages_that_are_not_sealed_are_not_looked_at(state: Sealed) -> None:
+    for keys in state.keys.values():
+        keys[[0, 2, 5]] = float("nan")
+    state.keys[2][6] += 1.0
+    state.pool.unseal(torch.tensor([6, 6]))
+    assert state.audit() == []
+
+
+def test_nothing_sealed_nothing_found(state: Sealed) -> None:
+    state.pool.unseal_all()
+    state.keys[2] += 1.0
+    assert state.audit() == []
+    assert not state.pool.sealed.any()

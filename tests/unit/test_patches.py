@@ -1,0 +1,416 @@
+"""The contracts of the patches, what breaks them, and what the hooks do once installed."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pkgutil import resolve_name
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from twilight_sgl import patches, plugin
+from twilight_sgl.config import TwilightConfig, flag_of
+from twilight_sgl.errors import TwilightError
+from twilight_sgl.pages.pool import SummaryPool, summary_bytes_per_token
+from twilight_sgl.patches import (
+    MODULES,
+    Patch,
+    PatchError,
+    all_patches,
+    forward_order,
+    install,
+    page_release,
+    request_slots,
+    sampling_params,
+    server_info,
+)
+from twilight_sgl.patches import server_args as server_args_patches
+from twilight_sgl.request import RequestOptions
+
+
+@pytest.fixture
+def registry() -> Iterator[type]:
+    """SGLang's hook registry, empty; what a test patched is restored after it."""
+    HookRegistry.reset()
+    originals = {}
+    for patch in all_patches():
+        owner, _, name = patch.target.rpartition(".")
+        originals[patch.target] = (resolve_name(owner), name, vars(resolve_name(owner))[name])
+    yield HookRegistry
+    for owner, name, original in originals.values():
+        setattr(owner, name, original)
+    HookRegistry.reset()
+
+
+class Fake:
+    """What a patch can be aimed at."""
+
+    def method(self, first: int, second: int = 0) -> int:
+        return first
+
+
+def fake_patch(target: str = "Fake.method", *parameters: str) -> Patch:
+    def hook(*args: Any) -> None:
+        """Change nothing."""
+
+    return Patch(f"{__name__}.{target}", "before", hook, "to test", parameters or ("self",))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_contract_holds(module: str) -> None:
+    found = importlib.import_module(f"twilight_sgl.patches.{module}").PATCHES
+    assert found
+    for patch in found:
+        patch.check()
+        assert patch.why
+        assert patch.parameters
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_renamed_target_is_named(module: str) -> None:
+    for patch in importlib.import_module(f"twilight_sgl.patches.{module}").PATCHES:
+        renamed = replace(patch, target=f"{patch.target}_renamed")
+        with pytest.raises(PatchError, match="is not in this SGLang") as caught:
+            renamed.check()
+        assert renamed.target in str(caught.value)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_changed_signature_is_named(module: str) -> None:
+    for patch in importlib.import_module(f"twilight_sgl.patches.{module}").PATCHES:
+        changed = replace(patch, parameters=("renamed", *patch.parameters[1:]))
+        with pytest.raises(PatchError, match="expects it to begin with") as caught:
+            changed.check()
+        assert patch.target in str(caught.value)
+        assert "'renamed'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [("first",), ("self", "second"), ("self", "first", "second", "third")],
+    ids=["self missing", "one skipped", "one too many"],
+)
+def test_parameters_are_compared_in_order(parameters: tuple[str, ...]) -> None:
+    fake_patch("Fake.method", "self", "first").check()
+    with pytest.raises(PatchError, match=r"Fake\.method takes \['self', 'first', 'second'\]"):
+        fake_patch("Fake.method", *parameters).check()
+
+
+@pytest.mark.parametrize("target", ["no_such_module.function", f"{__name__}.Gone.method"])
+def test_missing_module_or_class_is_named(target: str) -> None:
+    with pytest.raises(PatchError, match=target.replace(".", r"\.")):
+        replace(fake_patch(), target=target).check()
+
+
+def test_nothing_is_installed_when_one_contract_is_broken(registry: type) -> None:
+    with pytest.raises(PatchError, match=r"Fake\.gone"):
+        install([fake_patch(), fake_patch("Fake.gone")])
+    assert not registry._hooks
+    assert Fake.method.__qualname__ == "Fake.method"
+    assert not hasattr(Fake.method, "__wrapped__")
+
+
+def test_a_target_that_somebody_patched_is_refused(registry: type) -> None:
+    registry._patched.add(fake_patch().target)
+    with pytest.raises(PatchError, match=r"another plugin has patched .*Fake\.method.*SGLANG_PLUG"):
+        install([fake_patch()])
+
+
+def test_a_hook_that_sglang_did_not_apply_is_named(
+    registry: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "apply_hooks", lambda: None)
+    with pytest.raises(PatchError, match=r"did not apply the hooks on .*Fake\.method"):
+        install([fake_patch()])
+
+
+def test_all_patches_are_installed_and_run(
+    registry: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {patch.target: resolve_name(patch.target) for patch in all_patches()}
+    install(all_patches())
+    for target, original in before.items():
+        assert target in registry._patched
+        assert resolve_name(target) != original
+    with pytest.raises(PatchError, match="has patched"):
+        install(all_patches())
+
+    from sglang.srt.sampling.sampling_params import SamplingParams
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    assert flag_of("selector_budget") in parser.format_help()
+    parsed = parser.parse_args(["--model-path", "m", "--twilight-p", "0.5"])
+    assert parsed.twilight_p == "0.5"
+
+    params = SamplingParams(custom_params={"twilight": {"p": 2}})
+    params.normalize(None)
+    with pytest.raises(TwilightError, match=r"twilight\.p must be"):
+        params.verify(1000)
+    params.custom_params = {"twilight": {"p": 0.5}}
+    params.verify(1000)
+
+
+# Each hook.
+
+
+class FakeRuntime:
+    """Notes what it is told, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.ledger = SimpleNamespace(
+            apply=lambda: self.calls.append(("apply",)),
+            pages_released=lambda pages: self.calls.append(("released", pages.tolist())),
+            all_pages_released=lambda: self.calls.append(("all released",)),
+        )
+
+    def begin_extend(self, token_slots: torch.Tensor) -> None:
+        self.calls.append(("extend", token_slots.tolist()))
+
+    def on_requests_admitted(self, slots: list[int], options: Any) -> None:
+        self.calls.append(("admitted", slots, list(options)))
+
+    def state(self) -> dict[str, int]:
+        return {"pages": 1}
+
+
+@pytest.fixture
+def runtime() -> FakeRuntime:
+    return FakeRuntime()
+
+
+@pytest.mark.parametrize("mode", list(ForwardMode), ids=lambda mode: mode.name)
+def test_forward_drains_first_and_then_unseals_what_it_writes(
+    runtime: FakeRuntime, mode: ForwardMode
+) -> None:
+    hook = forward_order.PATCHES[0].hook
+    batch = SimpleNamespace(forward_mode=mode, out_cache_loc=torch.tensor([16, 17]))
+    hook(SimpleNamespace(twilight=runtime), batch)
+    writes = [] if mode in (ForwardMode.DECODE, ForwardMode.IDLE) else [("extend", [16, 17])]
+    assert runtime.calls == [("apply",), *writes]
+    hook(SimpleNamespace(twilight=None), batch)
+    hook(SimpleNamespace(), batch)
+    assert len(runtime.calls) == 1 + len(writes)
+
+
+def test_forward_without_slots(runtime: FakeRuntime) -> None:
+    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, out_cache_loc=None)
+    forward_order.PATCHES[0].hook(SimpleNamespace(twilight=runtime), batch)
+    assert runtime.calls == [("apply",)]
+
+
+def test_released_pages_reach_the_ledger(runtime: FakeRuntime) -> None:
+    released, cleared = (patch.hook for patch in page_release.PATCHES)
+    ours, others = SimpleNamespace(twilight=runtime), SimpleNamespace()
+    for allocator in (ours, others):
+        released(allocator, torch.tensor([3, 4]), torch.tensor([9]))
+        cleared(allocator)
+    assert runtime.calls == [("released", [3, 4]), ("released", [9]), ("all released",)]
+
+
+@pytest.mark.parametrize("hook", [patch.hook for patch in request_slots.PATCHES])
+def test_admitted_requests_reach_the_runtime(runtime: FakeRuntime, hook: Callable) -> None:
+    wishes = [None, {"twilight": {"p": 0.5}}, {"twilight": {"enabled": False}, "other": 1}]
+    reqs = [SimpleNamespace(sampling_params=SimpleNamespace(custom_params=w)) for w in wishes]
+    table = SimpleNamespace(twilight=runtime)
+    hook([4, 2, 7], table, reqs)
+    options = [RequestOptions(), RequestOptions(p=0.5), RequestOptions(enabled=False)]
+    assert runtime.calls == [("admitted", [4, 2, 7], options)]
+    hook(None, table, reqs)  # no slot was free
+    hook([1], SimpleNamespace(), reqs)
+    assert len(runtime.calls) == 1
+
+
+def test_bad_wish_is_refused_with_the_sampling_parameters() -> None:
+    hook = sampling_params.PATCHES[0].hook
+    with pytest.raises(ValueError, match=r"custom_params\.twilight"):
+        hook(None, SimpleNamespace(custom_params={"twilight": 1}), 1000)
+    hook(None, SimpleNamespace(custom_params=None), 1000)
+
+
+def test_state_is_shown_in_server_info(runtime: FakeRuntime) -> None:
+    hook = server_info.PATCHES[0].hook
+    result = SimpleNamespace(internal_state={"a": 1})
+    for attributes in ({}, {"twilight": None}):
+        runner = SimpleNamespace(**attributes)
+        hook(result, SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner)))
+    assert result.internal_state == {"a": 1}
+    runner = SimpleNamespace(twilight=runtime)
+    hook(result, SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner)))
+    assert result.internal_state == {"a": 1, "twilight": {"pages": 1}}
+
+
+@pytest.mark.parametrize("key_bytes", [1, 2, 4])
+def test_summary_bytes_are_what_the_pool_allocates(key_bytes: int) -> None:
+    dtype = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}[key_bytes]
+    shape = {"num_pages": 10, "page_size": 16, "heads_kv": 3, "dim": 64}
+    pool = SummaryPool(layer_ids=(2, 3), dtype=dtype, device="cpu", **shape)
+    per_token = summary_bytes_per_token(3, 64, key_bytes, 16)
+    assert pool.nbytes - pool.sealed.nbytes == per_token * 2 * 10 * 16
+
+
+# Server arguments.
+
+
+def server_args(**given: Any) -> SimpleNamespace:
+    values = {
+        "attention_backend": None,
+        "prefill_attention_backend": None,
+        "decode_attention_backend": "twilight",
+        "page_size": None,
+        "kv_cache_dtype": "auto",
+        "speculative_algorithm": None,
+        "speculative_attention_mode": "prefill",
+    }
+    return SimpleNamespace(**values | given)
+
+
+def apply_defaults(args: SimpleNamespace) -> None:
+    hook = next(p.hook for p in server_args_patches.PATCHES if p.hook.__name__ == "_apply_defaults")
+    hook(args)
+
+
+@pytest.mark.parametrize("name", ["attention_backend", "prefill_attention_backend"])
+def test_twilight_only_decodes(name: str) -> None:
+    with pytest.raises(TwilightError, match="--decode-attention-backend twilight") as caught:
+        apply_defaults(server_args(**{name: "twilight"}))
+    assert f"--{name.replace('_', '-')} twilight" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sglangs", "ours", "expected"),
+    [(None, None, 16), (None, 32, 32), (64, None, 64), (32, 32, 32), (16, 16, 16)],
+)
+def test_page_sizes_agree(sglangs: int | None, ours: int | None, expected: int) -> None:
+    if ours is not None:
+        TwilightConfig(page_size=ours).to_environment()
+    args = server_args(page_size=sglangs)
+    apply_defaults(args)
+    assert args.page_size == TwilightConfig.from_environment().page_size == expected
+
+
+@pytest.mark.parametrize(
+    ("sglangs", "ours", "complaint"),
+    [(64, 32, "--page-size 64 and --twilight-page-size 32 differ"), (1, 16, "--page-size 1 is")],
+)
+def test_page_sizes_that_cannot_agree(sglangs: int, ours: int, complaint: str) -> None:
+    TwilightConfig(page_size=ours).to_environment()
+    with pytest.raises(TwilightError, match=complaint):
+        apply_defaults(server_args(page_size=sglangs))
+
+
+def test_other_servers_are_left_alone() -> None:
+    args = server_args(decode_attention_backend="fa3")
+    before = dict(vars(args))
+    apply_defaults(args)
+    assert vars(args) == before
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Check arguments as they are after SGLang's own defaults, with a model that is fine."""
+    model = SimpleNamespace(model_path="m", attention_arch=None, is_encoder_decoder=False)
+
+    def check(model_has: dict[str, Any] | None = None, **given: Any) -> None:
+        args = server_args(**{"page_size": 16} | given)
+        served = SimpleNamespace(**vars(model) | (model_has or {}))
+        monkeypatch.setattr(server_args_patches, "resolved", lambda args: args)
+        monkeypatch.setattr(
+            server_args_patches,
+            "uses_twilight",
+            lambda args: args.decode_attention_backend == "twilight",
+        )
+        monkeypatch.setattr(server_args_patches, "model_config", lambda args: served)
+        server_args_patches._refuse_unsupported(args)
+
+    return check
+
+
+def test_a_plain_server_is_accepted(refuse: Callable) -> None:
+    refuse()
+    refuse(kv_cache_dtype="fp8_e4m3", speculative_algorithm="EAGLE")
+
+
+REFUSED = {
+    **{name: ({name: True}, reason) for name, reason in server_args_patches.REFUSED_MODES.items()},
+    "another page size": ({"page_size": 1}, "--page-size is 1 after"),
+    "decode context parallelism": ({"dcp_size": 2}, "--dcp-size 2"),
+    "fp4 keys": ({"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
+    "verification as decode": (
+        {"speculative_algorithm": "EAGLE", "speculative_attention_mode": "decode"},
+        "--speculative-attention-mode prefill",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "complaint"), REFUSED.values(), ids=REFUSED)
+def test_refused_modes(refuse: Callable, given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(TwilightError, match=complaint):
+        refuse(**given)
+    refuse(**given, decode_attention_backend="fa3")
+
+
+def test_refused_models(refuse: Callable) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    for has, complaint in (
+        ({"attention_arch": AttentionArch.MLA}, "MLA"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
+        ({"has_attention_sinks": True}, "attention sinks"),
+    ):
+        with pytest.raises(TwilightError, match=complaint) as caught:
+            refuse(has)
+        assert "m " in str(caught.value)
+        assert "use another --decode-attention-backend" in str(caught.value)
+
+
+def test_flags_reach_the_environment() -> None:
+    hook = next(p.hook for p in server_args_patches.PATCHES if p.when == "around")
+    args = argparse.Namespace(twilight_config=None, twilight_p="0.25", model_path="m")
+    seen = []
+    assert hook(lambda cls, args: seen.append((cls, args)) or "made", Fake, args) == "made"
+    assert seen == [(Fake, args)]
+    assert TwilightConfig.from_environment() == TwilightConfig(p=0.25)
+
+
+# The plugin.
+
+
+def test_installed_sglang_is_in_the_supported_range() -> None:
+    from importlib.metadata import version
+
+    assert plugin.check_sglang_version() == version("sglang")
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.24", "0.6.0"])
+def test_other_sglang_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    with pytest.raises(TwilightError, match=rf"sglang {version} is outside .*pip install"):
+        plugin.check_sglang_version()
+
+
+def test_a_failed_plugin_refuses_servers_that_ask_for_it(
+    registry: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    def broken() -> list[Patch]:
+        return [fake_patch("Fake.gone")]
+
+    monkeypatch.setattr(plugin, "_failure", None)
+    monkeypatch.setattr(patches, "all_patches", broken)
+    with pytest.raises(PatchError, match=r"Fake\.gone"):
+        plugin.register()
+    assert isinstance(plugin.failure(), PatchError)
+    assert "twilight" not in ATTENTION_BACKENDS
+    registry.apply_hooks()
+    check = resolve_name("sglang.srt.server_args.ServerArgs.check_server_args")
+    with pytest.raises(RuntimeError, match=r"Twilight plugin failed to load: .*Fake\.gone"):
+        check(server_args())
