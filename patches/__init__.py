@@ -57,7 +57,7 @@ class Patch:
             target = pkgutil.resolve_name(self.target)
         except (ImportError, AttributeError) as error:
             raise PatchError(f"{self.target} is not in this SGLang: {error}") from error
-        found = tuple(inspect.signature(inspect.unwrap(target)).parameters)
+        found = tuple(inspect.signature(target).parameters)
         if found[: len(self.parameters)] != self.parameters:
             raise PatchError(
                 f"{self.target} takes {list(found)} in this SGLang; "
@@ -87,7 +87,7 @@ def install(patches: Iterable[Patch]) -> None:
         if patch.target in HookRegistry._patched:
             raise PatchError(
                 f"another plugin has patched {patch.target} already; "
-                "set SGLANG_PLUGINS=twilight to load Twilight alone"
+                "set SGLANG_PLUGINS=twilight,twilight_cpu to load Twilight alone"
             )
     for patch in patches:
         HookRegistry.register(patch.target, patch.hook, HookType(patch.when))

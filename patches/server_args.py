@@ -101,10 +101,15 @@ def _refuse_unsupported(server_args: Any) -> None:
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING sizes the KV pool twice, which Twilight's "
             "summaries cannot follow; unset it"
         )
-    _refuse_model(model_config(server_args))
+    refuse_model(model_config(server_args))
 
 
-def _refuse_model(model: Any) -> None:
+def refuse_model(model: Any) -> None:
+    """Refuse a model that Twilight cannot decode, from its SGLang ModelConfig.
+
+    Raises:
+        TwilightError: with what the model has and what to use instead.
+    """
     from sglang.srt.configs.model_config import AttentionArch
 
     remedy = "use another --decode-attention-backend for it"

@@ -138,7 +138,7 @@ def from_flags(arguments: argparse.Namespace) -> TwilightConfig:
     values = _environment_values()
     path = getattr(arguments, "twilight_config", None)
     if path:
-        values |= _checked_keys(_read_file(Path(path), f"{FLAG_PREFIX}config"), str(path))
+        values |= _checked_keys(read_file(Path(path), f"{FLAG_PREFIX}config"), str(path))
     for knob in dataclasses.fields(TwilightConfig):
         given = getattr(arguments, f"twilight_{knob.name}", None)
         if given is not None:
@@ -156,16 +156,21 @@ def _environment_values() -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise TwilightError(f"{ENVIRONMENT_VARIABLE} is not valid JSON: {error}") from error
     else:
-        values = _read_file(Path(text), ENVIRONMENT_VARIABLE)
+        values = read_file(Path(text), ENVIRONMENT_VARIABLE)
     return _checked_keys(values, ENVIRONMENT_VARIABLE)
 
 
-def _read_file(path: Path, source: str) -> Mapping[str, Any]:
+def read_file(path: Path, source: str) -> Mapping[str, Any]:
+    """Read a JSON or YAML file of settings; `source` names what asked for it in errors.
+
+    Raises:
+        TwilightError: it cannot be read or holds no mapping.
+    """
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TwilightError(f"{source}: cannot read {path}: {error}") from error
     if values is None:
         return {}
@@ -203,7 +208,7 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
                 raise ValueError
             return value
         return _layer_ids(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         expected = {float: "a number", int: "a whole number", str: "a name"}.get(
             kind, "comma-separated layer ids, or 'none'"
         )

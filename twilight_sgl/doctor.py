@@ -233,11 +233,11 @@ def _check_model_folder(folder: Path, config: twilight_config.TwilightConfig) ->
     from sglang.srt.configs.model_config import ModelConfig
 
     from twilight_sgl.pages.pool import summary_bytes_per_token
-    from twilight_sgl.patches.server_args import _refuse_model
+    from twilight_sgl.patches.server_args import refuse_model
 
     dtype = "auto" if torch.cuda.is_available() else "float32"
     model: Any = ModelConfig(str(folder), trust_remote_code=False, dtype=dtype)
-    _refuse_model(model)
+    refuse_model(model)
     # Layers with a sliding window keep a bounded number of tokens, so they do not count here.
     growing = model.full_attention_layer_ids if model.is_hybrid_swa else None
     layers = range(model.num_attention_layers) if growing is None else growing

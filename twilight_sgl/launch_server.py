@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.plugin import BACKEND
@@ -50,14 +51,9 @@ def with_defaults(argv: list[str]) -> list[str]:
 def _config_keys(path: str | None) -> set[str]:
     if path is None:
         return set()
-    import yaml
+    from twilight_sgl.config import read_file
 
-    try:
-        with open(path) as file:
-            values = yaml.safe_load(file) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise TwilightError(f"--config: cannot read {path}: {error}") from error
-    return {str(key).replace("_", "-") for key in values}
+    return {str(key).replace("_", "-") for key in read_file(Path(path), "--config")}
 
 
 def _run(argv: list[str]) -> int:

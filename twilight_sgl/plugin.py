@@ -62,9 +62,9 @@ def _register_backend() -> None:
 
     @register_attention_backend(BACKEND)
     def create(model_runner: Any) -> Any:
-        from twilight_sgl.attention.backend import TwilightAttnBackend
+        from twilight_sgl.attention.backend import create_backend
 
-        return TwilightAttnBackend(model_runner)
+        return create_backend(model_runner)
 
     if BACKEND not in server_args.ATTENTION_BACKEND_CHOICES:
         server_args.add_attention_backend_choices([BACKEND])
@@ -72,7 +72,10 @@ def _register_backend() -> None:
 
 def _refuse_servers() -> None:
     """Make a server that names the backend fail with the reason, not with 'invalid backend'."""
+    from sglang.srt import server_args as arguments
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    arguments.add_attention_backend_choices([BACKEND])  # so that the flag gets that far
 
     def refuse(server_args: Any) -> None:
         if server_args.decode_attention_backend == BACKEND:

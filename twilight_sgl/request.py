@@ -1,6 +1,5 @@
 """What one request may ask of Twilight: `custom_params: {"twilight": {...}}`."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +47,6 @@ class RequestOptions:
         if p is not None and (
             isinstance(p, bool)
             or not isinstance(p, (int, float))
-            or not math.isfinite(p)
             or not 0 < p <= 1
         ):
             raise TwilightError(f"custom_params.{KEY}.p must be a number in (0, 1], got {p!r}")

@@ -20,6 +20,8 @@ def top_p_mask(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         [B, HQ, N] bool. The kept mass is at least p of the row's, up to float32 rounding.
     """
     exists = logits > -torch.inf
+    if not logits.shape[-1]:
+        return exists
     top = logits.amax(-1, keepdim=True)
     weights = torch.where(exists, torch.exp(logits - top), 0.0)
     target = p.view(-1, 1, 1) * weights.sum(-1, keepdim=True)

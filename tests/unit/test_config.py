@@ -25,10 +25,6 @@ OTHER_VALUES = {
     "audit_interval": 7,
 }
 
-too_large = pytest.mark.xfail(
-    raises=OverflowError, strict=True, reason="numbers too large for their type escape _coerce"
-)
-
 WRONG = [
     ("p", 0),
     ("p", 1.01),
@@ -57,8 +53,8 @@ WRONG = [
     ("page_size", 8),
     ("page_size", "16.0"),
     ("audit_interval", -1),
-    pytest.param("sink_tokens", float("inf"), marks=too_large),
-    pytest.param("p", 10**400, marks=too_large, id="p-of-400-digits"),
+    ("sink_tokens", float("inf")),
+    pytest.param("p", 10**400, id="p-of-400-digits"),
 ]
 
 
@@ -198,9 +194,6 @@ def test_unreadable_file_is_named(config_file: Path, content: str | None, compla
     assert str(config_file) in str(caught.value)
 
 
-@pytest.mark.xfail(
-    raises=UnicodeDecodeError, strict=True, reason="_read_file does not catch decoding errors"
-)
 def test_binary_file_is_named(config_file: Path) -> None:
     config_file.write_bytes(b"\xff\xfe")
     with pytest.raises(TwilightError, match="--twilight-config: cannot read"):

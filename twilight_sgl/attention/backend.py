@@ -1,6 +1,6 @@
 """SGLang's view of Twilight: an attention backend for decoding."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -15,21 +15,49 @@ from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.patches.compat import attention_backend_names
 
+if TYPE_CHECKING:
+    from twilight_sgl.attention.triton_runtime import TritonRuntime
+
 
 class TwilightAttnBackend(AttentionBackend):
     """Decodes with Twilight in the layers that select, and with a stock backend in the others.
 
-    Prefill never comes here: SGLang sends it to the prefill backend, which also serves the layers
-    that stay dense (skipped ones, sliding windows, cross attention).
+    Prefill never comes here: SGLang sends it to the prefill backend. A second instance of that
+    backend serves the decode of layers that stay dense (skipped ones, sliding windows, cross
+    attention).
     """
 
-    def __init__(self, model_runner: Any) -> None:
+    def __init__(self, model_runner: Any, runtime: TwilightRuntime) -> None:
         super().__init__()
         prefill_name, _ = attention_backend_names(model_runner.server_args)
         self.dense: AttentionBackend = ATTENTION_BACKENDS[prefill_name](model_runner)
+        self.needs_cpu_seq_lens = self.dense.needs_cpu_seq_lens
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
-        self.runtime = create_runtime(model_runner)
+        self.runtime = runtime
+
+    def _save(
+        self, k: torch.Tensor | None, v: torch.Tensor | None, layer: Any, forward_batch: Any
+    ) -> None:
+        """Write the step's keys and values, unless a fused kernel has."""
+        if k is not None:
+            loc = KVWriteLoc(forward_batch.out_cache_loc, None)
+            self.token_to_kv_pool.set_kv_buffer(layer, loc, k, v, layer.k_scale, layer.v_scale)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Prefill: SGLang sends it to the prefill backend, so the dense one stands in."""
+        return self.dense.forward_extend(*args, **kwargs)
+
+    def support_triton(self) -> bool:
+        """As the prefill backend."""
+        return self.dense.support_triton()
+
+
+class ReferenceAttnBackend(TwilightAttnBackend):
+    """On a CPU: eager, with shapes that follow the batch."""
+
+    def __init__(self, model_runner: Any, runtime: TwilightRuntime) -> None:
+        super().__init__(model_runner, runtime)
         self._plan: DecodePlan | None = None
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -61,10 +89,8 @@ class TwilightAttnBackend(AttentionBackend):
             return self.dense.forward_decode(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
-        if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(
-                layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v
-            )
+        if save_kv_cache:
+            self._save(k, v, layer, forward_batch)
         result = decode_reference(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             self.runtime.cache_of(layer.layer_id),
@@ -76,38 +102,124 @@ class TwilightAttnBackend(AttentionBackend):
         self.runtime.count_budget(plan, result.candidate_tokens, result.kept_tokens)
         return result.output.to(q.dtype).flatten(1)
 
-    def forward_extend(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Prefill: SGLang sends it to the prefill backend, so the dense one stands in."""
-        return self.dense.forward_extend(*args, **kwargs)
 
-    def support_triton(self) -> bool:
+class TritonAttnBackend(TwilightAttnBackend):
+    """On a GPU: the same launches whatever the batch holds, inside CUDA graphs or not."""
+
+    runtime: "TritonRuntime"
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate what graphs of up to max_bs rows use."""
+        self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
+        self.runtime.reserve(max_bs)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """As the prefill backend; our padded rows are known by their request slot, 0."""
+        return self.dense.get_cuda_graph_seq_len_fill_value()
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Plan an eager step, and seal the pages it needs."""
+        self.dense.init_forward_metadata(forward_batch)
+        if forward_batch.forward_mode.is_decode():
+            self._begin(forward_batch)
+            self.runtime.seal_claimed()
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Plan a graph's step; the graph reads the plan, never SGLang's request table."""
+        self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        self._begin(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        """Seal the pages that the plan claimed."""
+        self.dense.init_forward_metadata_in_graph(forward_batch)
+        self.runtime.seal_claimed()
+
+    def on_after_cuda_graph_warmup(self) -> None:
         """As the prefill backend."""
-        return self.dense.support_triton()
+        self.dense.on_after_cuda_graph_warmup()
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One layer of a decode step: [B, HQ * D] queries to [B, HQ * DV]."""
+        if not self.runtime.pool.has_layer(layer.layer_id):
+            return self.dense.forward_decode(
+                q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
+            )
+        if save_kv_cache:
+            self._save(k, v, layer, forward_batch)
+        fp8 = self.token_to_kv_pool.dtype == torch.float8_e4m3fn
+        key_scale = (layer.k_scale_float or 1.0) if fp8 else 1.0
+        value_scale = (layer.v_scale_float or 1.0) if fp8 else 1.0
+        output = self.runtime.run_layer(
+            layer.layer_id,
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            sm_scale=layer.scaling * key_scale,
+            logit_cap=layer.logit_cap or 0.0,
+        )
+        if value_scale != 1.0:
+            output.mul_(value_scale)
+        return output.flatten(1)
+
+    def _begin(self, forward_batch: Any) -> None:
+        self.runtime.begin_decode(
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+        )
 
 
-def create_runtime(model_runner: Any) -> TwilightRuntime:
-    """Build a model runner's Twilight state and attach it where the patches look for it.
+def create_backend(model_runner: Any) -> TwilightAttnBackend:
+    """Build a model runner's backend, and attach its state where the patches look for it.
 
     Raises:
-        TwilightError: no layer of the model can select.
+        TwilightError: no layer of the model can select, or the kernels cannot serve its shape.
     """
     config = TwilightConfig.from_environment()
-    layer_ids = selecting_layers(model_runner.model, config)
-    if not layer_ids:
+    layers = selecting_layers(model_runner.model, config)
+    if not layers:
         raise TwilightError(
             "no layer of this model can select: all are skipped (--twilight-skip-layers), have a "
             "sliding window or are no plain decoder attention; use another decode backend"
         )
-    runtime = TwilightRuntime(
-        config,
-        model_runner.token_to_kv_pool,
-        layer_ids,
-        model_runner.req_to_token_pool.req_to_token.shape[0],
-    )
-    model_runner.twilight = runtime
-    model_runner.req_to_token_pool.twilight = runtime
-    full_attention_allocator(model_runner.token_to_kv_pool_allocator).twilight = runtime
-    return runtime
+    table = model_runner.req_to_token_pool.req_to_token
+    pool = model_runner.token_to_kv_pool
+    backend: TwilightAttnBackend
+    if table.is_cuda:
+        from twilight_sgl.attention.triton_runtime import TritonRuntime
+
+        shapes = {(layer.tp_q_head_num, layer.v_head_dim) for layer in layers.values()}
+        if len(shapes) > 1:
+            raise TwilightError(
+                f"layers that select differ in (query heads, value dim): {sorted(shapes)}; skip "
+                "those of all but one shape with --twilight-skip-layers"
+            )
+        heads_q, dim_v = shapes.pop()
+        runtime = TritonRuntime(
+            config,
+            pool,
+            list(layers),
+            table.shape[0],
+            max_context=table.shape[1],
+            heads_q=heads_q,
+            dim_v=dim_v,
+            q_dtype=model_runner.dtype,
+        )
+        backend = TritonAttnBackend(model_runner, runtime)
+    else:
+        cpu_runtime = TwilightRuntime(config, pool, list(layers), table.shape[0])
+        backend = ReferenceAttnBackend(model_runner, cpu_runtime)
+    model_runner.twilight = backend.runtime
+    model_runner.req_to_token_pool.twilight = backend.runtime
+    full_attention_allocator(model_runner.token_to_kv_pool_allocator).twilight = backend.runtime
+    return backend
 
 
 def full_attention_allocator(allocator: Any) -> Any:
@@ -115,10 +227,10 @@ def full_attention_allocator(allocator: Any) -> Any:
     return getattr(allocator, "full_attn_allocator", allocator)
 
 
-def selecting_layers(model: torch.nn.Module, config: TwilightConfig) -> list[int]:
-    """Ids of the layers that select: plain decoder attention over the whole context."""
+def selecting_layers(model: torch.nn.Module, config: TwilightConfig) -> dict[int, RadixAttention]:
+    """The layers that select, by id: plain decoder attention over the whole context."""
     layers = {
-        module.layer_id
+        module.layer_id: module
         for module in model.modules()
         if isinstance(module, RadixAttention)
         and not module.is_cross_attention
@@ -126,4 +238,4 @@ def selecting_layers(model: torch.nn.Module, config: TwilightConfig) -> list[int
         and not module.use_irope
         and (module.sliding_window_size is None or module.sliding_window_size < 0)
     }
-    return sorted(layers - set(config.skip_layers))
+    return {layer: layers[layer] for layer in sorted(layers) if layer not in config.skip_layers}

@@ -8,6 +8,7 @@ import torch
 
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.config import TwilightConfig
+from twilight_sgl.kernels.plan.reference import plan_rows
 from twilight_sgl.pages.audit import Violation, audit
 from twilight_sgl.pages.ledger import Ledger, RequestTable
 from twilight_sgl.pages.pool import SummaryPool
@@ -102,22 +103,25 @@ class TwilightRuntime:
             request_slots: [B] rows of it; 0 for padding.
             seq_lens: [B] tokens, the one being decoded included.
         """
-        page_size = self.config.page_size
-        rows = request_slots.long()
-        lengths = torch.where(rows > 0, seq_lens, 0).int()
-        columns = int(lengths.max()) if lengths.numel() else 0
-        page_ids = req_to_token[rows, :columns:page_size] // page_size
-        last = (lengths.unsqueeze(1) + page_size - 1) // page_size
-        exists = torch.arange(page_ids.shape[1], device=page_ids.device) < last
-        page_ids = page_ids.masked_fill(~exists, 0).int()
-        p = self.requests.p[rows]
-        sparse = (p <= 1) & (lengths >= max(self.config.min_context_tokens, 1))
-        plan = DecodePlan(page_ids, lengths, p.clamp(max=1), sparse)
-        self._seal(plan, rows)
+        self.audit_when_due()
+        plan = DecodePlan(
+            *plan_rows(
+                req_to_token,
+                request_slots,
+                seq_lens,
+                self.requests.p,
+                page_size=self.config.page_size,
+                min_context_tokens=self.config.min_context_tokens,
+            )
+        )
+        self._seal(plan, request_slots.long())
+        return plan
+
+    def audit_when_due(self) -> None:
+        """Count a decode step, and audit every `audit_interval` of them, before it is planned."""
         self._decode_steps += 1
         if self.config.audit_interval and self._decode_steps % self.config.audit_interval == 0:
             self.run_audit()
-        return plan
 
     def count_budget(
         self, plan: DecodePlan, candidate_tokens: torch.Tensor, kept_tokens: torch.Tensor
@@ -148,14 +152,15 @@ class TwilightRuntime:
 
     def state(self) -> dict[str, Any]:
         """Configuration and totals, as `/server_info` shows them. Synchronises."""
+        built, reused = self.page_totals()
         context, candidates, kept = self._budget.tolist()
         return {
             "config": self.config.to_dict(),
             "pages": {
                 "capacity": self.pool.num_pages - 1,
                 "sealed": int(self.pool.sealed.sum()),
-                "built": self.pages_built,
-                "reused": self.pages_reused,
+                "built": built,
+                "reused": reused,
             },
             "budget": {
                 "context_tokens": context,
@@ -164,6 +169,10 @@ class TwilightRuntime:
             },
             "audit": {"checks": self.audit_checks, "violations": self.audit_violations},
         }
+
+    def page_totals(self) -> tuple[int, int]:
+        """Pages built, and pages that requests found built when they first were sparse."""
+        return self.pages_built, self.pages_reused
 
     def _seal(self, plan: DecodePlan, rows: torch.Tensor) -> None:
         if not plan.sparse.any():

@@ -62,6 +62,10 @@ class SummaryPool:
         """Whether a layer of the model has summaries."""
         return layer_id in self._rows
 
+    def row_of(self, layer_id: int) -> int:
+        """A layer's index in the tensors; KeyError for a layer without summaries."""
+        return self._rows[layer_id]
+
     def of_layer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One layer's min_max, codes and scale_zero; KeyError for a layer without summaries."""
         row = self._rows[layer_id]

@@ -1,0 +1,76 @@
+"""The seal invariant on a live server: aborts, flushes, eviction and retraction."""
+
+import contextlib
+import json
+import re
+import threading
+import time
+import urllib.request
+
+import pytest
+from client import Server, prose
+
+pytestmark = pytest.mark.server
+
+
+def stream_and_hang_up(server: Server, text: str, events: int) -> None:
+    """Read some events of a long stream, then close the connection, which aborts the request."""
+    body = {"text": text, "stream": True, "sampling_params": {"max_new_tokens": 400}}
+    request = urllib.request.Request(
+        f"{server.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        for _ in range(2 * events):
+            response.readline()
+
+
+def test_aborts(small_server: Server) -> None:
+    before = small_server.twilight()
+    prefix = prose(1500, start=300000)
+    threads = [
+        threading.Thread(target=stream_and_hang_up, args=(small_server, prefix + str(n), n + 1))
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    small_server.post("/abort_request", {"rid": "", "abort_all": True})
+    small_server.generate_all([prefix + str(n) for n in range(4)], 12)
+    after = small_server.twilight()
+    assert after["audit"]["checks"] > before["audit"]["checks"]
+    assert after["audit"]["violations"] == 0
+
+
+def test_flush_between_and_under_requests(small_server: Server) -> None:
+    prefix = prose(2000, start=310000)
+    worker = threading.Thread(
+        target=small_server.generate_all, args=([prefix + str(n) for n in range(3)], 16)
+    )
+    worker.start()
+    for _ in range(4):
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):  # SGLang refuses a flush while requests run
+            small_server.post("/flush_cache", {})
+    worker.join()
+    small_server.flush()
+    small_server.generate(prefix, 8)
+    assert small_server.twilight()["audit"]["violations"] == 0
+
+
+def test_eviction_and_retraction(small_server: Server) -> None:
+    """Eight requests that grow to about 700 tokens cannot all stay in a cache of 5120."""
+    small_server.flush()
+    before = small_server.twilight()
+    texts = [prose(2300, start=320000 + 5000 * n) for n in range(8)]
+    replies = small_server.generate_all(texts, 128)
+    again = small_server.generate_all(texts, 4)  # most of these prefixes were evicted
+    after = small_server.twilight()
+    assert all(r["meta_info"]["completion_tokens"] == 128 for r in replies)
+    assert all(r["meta_info"]["completion_tokens"] == 4 for r in again)
+    log = small_server.log.read_text()
+    assert re.search(r"retract", log, re.IGNORECASE), "the load did not make SGLang retract"
+    assert after["pages"]["built"] - before["pages"]["built"] > after["pages"]["capacity"]
+    assert after["audit"]["checks"] - before["audit"]["checks"] >= 10
+    assert after["audit"]["violations"] == 0
+    assert "Twilight audit" not in log

@@ -1,0 +1,55 @@
+"""Page summaries are built once for a prefix and reused by every request that shares it."""
+
+import pytest
+from client import Server, prose
+
+pytestmark = pytest.mark.server
+
+PAGE = 16
+
+
+def test_eight_requests_share_a_prefix(server: Server) -> None:
+    server.flush()
+    before = server.twilight()["pages"]
+    assert before["sealed"] == 0
+
+    prefix = prose(13000, start=120000)  # about 4k tokens
+    suffixes = [f"\n\nQuestion {n}: what does section {n} say?\nAnswer:" for n in range(8)]
+    first = server.generate(prefix + suffixes[0], 8)["meta_info"]
+    after_first = server.twilight()["pages"]
+    rest = server.generate_all([prefix + suffix for suffix in suffixes[1:]], 8)
+    after = server.twilight()["pages"]
+
+    prompt, shared = first["prompt_tokens"], [r["meta_info"]["cached_tokens"] for r in rest]
+    assert prompt > 3500
+    assert first["cached_tokens"] == 0
+    assert all(prompt - 64 < cached < prompt for cached in shared), shared
+
+    # the last decode step sees prompt + 7 tokens as earlier ones at most
+    assert after_first["built"] - before["built"] in ((prompt + n) // PAGE for n in range(8))
+    assert after_first["reused"] == before["reused"]
+    prefix_pages = min(shared) // PAGE
+    assert after["reused"] - before["reused"] == sum(cached // PAGE for cached in shared)
+    assert after["reused"] - before["reused"] >= 7 * prefix_pages
+    own_pages = (after["built"] - after_first["built"]) / 7
+    assert own_pages <= 4, "the shared prefix was sealed again"
+    assert server.twilight()["audit"]["violations"] == 0
+
+
+def test_flush_unseals_everything(server: Server) -> None:
+    server.generate(prose(3000, start=30000), 4)
+    assert server.twilight()["pages"]["sealed"] > 0
+    server.flush()
+    server.generate("Hello", 2)  # the next forward applies what the flush queued
+    assert server.twilight()["pages"]["sealed"] == 0
+
+
+def test_budget_is_a_fraction_of_the_context(server: Server) -> None:
+    before = server.twilight()["budget"]
+    server.generate(prose(7000, start=200000), 16)
+    after = server.twilight()["budget"]
+    context, candidates, kept = (
+        after[key] - before[key] for key in ("context_tokens", "candidate_tokens", "kept_tokens")
+    )
+    assert 0.25 <= candidates / context < 0.30
+    assert 0 < kept < candidates

@@ -1,0 +1,183 @@
+"""Twilight on a GPU: static buffers, no allocation and no synchronisation in a decode step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+from twilight_sgl.attention.plan import DecodePlan
+from twilight_sgl.attention.runtime import TwilightRuntime
+from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.config import TwilightConfig
+from twilight_sgl.kernels.plan.triton import count_budget, plan_and_claim
+from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+
+
+class _Buffers:
+    """What a step of up to `max_batch` rows writes, at addresses that a CUDA graph may keep."""
+
+    def __init__(
+        self, max_batch: int, columns: int, layers: int, heads_kv: int, decode: TritonDecode
+    ) -> None:
+        device = decode.device
+        self.max_batch = max_batch
+        self.page_ids = torch.zeros((max_batch, columns), dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        self.p = torch.ones(max_batch, dtype=torch.float32, device=device)
+        self.sparse = torch.zeros(max_batch, dtype=torch.bool, device=device)
+        counts = (layers, max_batch, heads_kv)
+        self.candidate_tokens = torch.zeros(counts, dtype=torch.int32, device=device)
+        self.kept_tokens = torch.zeros(counts, dtype=torch.int32, device=device)
+        self.decode = decode
+
+
+class TritonRuntime(TwilightRuntime):
+    """The runtime of a CUDA model runner.
+
+    A step is planned outside the CUDA graph (`begin_decode`: one launch that snapshots SGLang's
+    request table and claims pages to seal) and runs inside it: `seal_claimed`, then `run_layer`
+    for every layer that selects, in order.
+
+    Args:
+        max_context: most tokens of a request.
+        heads_q, dim_v: HQ and DV of the layers that select, the same for all.
+        q_dtype: dtype of the model's queries.
+        prune: False attends to all candidates.
+    """
+
+    def __init__(
+        self,
+        config: TwilightConfig,
+        kv_pool: Any,
+        layer_ids: Sequence[int],
+        num_request_slots: int,
+        *,
+        max_context: int,
+        heads_q: int,
+        dim_v: int,
+        q_dtype: torch.dtype,
+        prune: bool = True,
+    ) -> None:
+        super().__init__(config, kv_pool, layer_ids, num_request_slots)
+        self._max_context = max_context
+        self._heads_q, self._dim_v, self._q_dtype, self._prune = heads_q, dim_v, q_dtype, prune
+        self._caches = {layer: self.cache_of(layer) for layer in layer_ids}
+        self._keys = [self._caches[layer].keys for layer in layer_ids]
+        self._key_pointers = layer_pointers(self._keys)
+        device = self._keys[0].device
+        self._claimed = torch.zeros(self.pool.num_pages, dtype=torch.int32, device=device)
+        self._num_claimed = torch.zeros(1, dtype=torch.int32, device=device)
+        self._page_totals = torch.zeros(2, dtype=torch.int64, device=device)
+        self._buffers: list[_Buffers] = []
+        self._current: _Buffers | None = None
+        self._plan: DecodePlan | None = None
+
+    def reserve(self, max_batch: int) -> None:
+        """Allocate for batches of up to max_batch rows, as the largest graph has.
+
+        A larger eager batch gets buffers of its own when one first comes.
+        """
+        self._buffers_for(max_batch)
+
+    def begin_decode(
+        self, req_to_token: torch.Tensor, request_slots: torch.Tensor, seq_lens: torch.Tensor
+    ) -> DecodePlan:
+        """Snapshot a step's rows into static buffers and claim the pages it needs sealed."""
+        if not torch.cuda.is_current_stream_capturing():
+            self.audit_when_due()
+        batch = request_slots.shape[0]
+        buffers = self._current = self._buffers_for(batch)
+        plan = DecodePlan(
+            buffers.page_ids[:batch],
+            buffers.lengths[:batch],
+            buffers.p[:batch],
+            buffers.sparse[:batch],
+        )
+        plan_and_claim(
+            req_to_token,
+            request_slots,
+            seq_lens,
+            self.requests.p,
+            self.requests.first_step,
+            self.pool.sealed,
+            plan.page_ids,
+            plan.seq_lens,
+            plan.p,
+            plan.sparse,
+            self._claimed,
+            self._num_claimed,
+            self._page_totals,
+            page_size=self.config.page_size,
+            min_context_tokens=self.config.min_context_tokens,
+        )
+        self._plan = plan
+        return plan
+
+    def seal_claimed(self) -> None:
+        """Build the summaries of the pages that `begin_decode` claimed."""
+        seal_pages(
+            self._keys,
+            self._key_pointers,
+            self.pool.min_max,
+            self.pool.codes,
+            self.pool.scale_zero,
+            self._claimed,
+            self._num_claimed,
+        )
+        self._num_claimed.zero_()
+
+    def run_layer(
+        self, layer_id: int, q: torch.Tensor, *, sm_scale: float, logit_cap: float
+    ) -> torch.Tensor:
+        """Attend in one layer: [B, HQ, D] queries to a new [B, HQ, DV] in their dtype."""
+        buffers, plan, row = self._current, self._plan, self.pool.row_of(layer_id)
+        assert buffers is not None and plan is not None, "run_layer before begin_decode"
+        out = torch.empty((*q.shape[:2], self._dim_v), dtype=q.dtype, device=q.device)
+        buffers.decode.run(
+            q,
+            self._caches[layer_id],
+            plan,
+            sm_scale=sm_scale,
+            logit_cap=logit_cap,
+            out=out,
+            candidate_tokens=buffers.candidate_tokens[row],
+            kept_tokens=buffers.kept_tokens[row],
+        )
+        if row == len(self.pool.layer_ids) - 1:
+            count_budget(
+                buffers.candidate_tokens,
+                buffers.kept_tokens,
+                plan.seq_lens,
+                plan.sparse,
+                self._budget,
+            )
+        return out
+
+    def page_totals(self) -> tuple[int, int]:
+        """Pages built, and pages that requests found built when they first were sparse."""
+        built, reused = self._page_totals.tolist()
+        return built, reused
+
+    def _buffers_for(self, batch: int) -> _Buffers:
+        for buffers in self._buffers:
+            if batch <= buffers.max_batch:
+                return buffers
+        max_batch = triton.next_power_of_2(batch)
+        keys = self._keys[0]
+        heads_kv, dim = keys.shape[2:]
+        decode = TritonDecode(
+            max_batch=max_batch,
+            max_context=self._max_context,
+            heads_q=self._heads_q,
+            heads_kv=heads_kv,
+            dim=dim,
+            dim_v=self._dim_v,
+            selection=self.selection,
+            q_dtype=self._q_dtype,
+            cache_dtype=keys.dtype,
+            device=keys.device,
+            prune=self._prune,
+        )
+        self._buffers.append(_Buffers(max_batch, decode.columns, len(self._keys), heads_kv, decode))
+        return self._buffers[-1]
