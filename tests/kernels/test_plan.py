@@ -1,0 +1,117 @@
+"""The plan kernel against its reference and against the sealing rules."""
+
+import pytest
+import torch
+
+from twilight_sgl.kernels.plan.reference import plan_rows
+from twilight_sgl.kernels.plan.triton import count_budget, plan_and_claim
+from twilight_sgl.pages.sealing import pages_needed
+
+PS = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# (request slot, tokens) of each row; slot 0 is padding
+BATCHES = {
+    "one token": [(1, 1)],
+    "page edges": [(1, PS - 1), (2, PS), (3, PS + 1), (4, 2 * PS), (5, 2 * PS + 1)],
+    "padding between": [(3, 70), (0, 1), (1, 33), (0, 5)],
+    "shared prefix": [(6, 100), (7, 100), (8, 97)],
+    "longer than a block": [(1, 40 * PS + 3), (2, 17)],
+    "only padding": [(0, 9), (0, 1)],
+}
+SLOTS, PAGES, COLUMNS = 10, 200, 48
+
+
+def table() -> torch.Tensor:
+    """Slots 6 to 8 share their first four pages; the other pages are a request's own."""
+    generator = torch.Generator().manual_seed(3)
+    pages = torch.zeros(SLOTS, COLUMNS, dtype=torch.int64)
+    for slot in range(1, SLOTS):
+        pages[slot] = torch.randperm(PAGES - 1, generator=generator)[:COLUMNS] + 1
+    pages[7, :4] = pages[8, :4] = pages[6, :4]
+    offset = torch.arange(PS)
+    return (pages.unsqueeze(-1) * PS + offset).flatten(1).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("min_context", [0, 33], ids=["all sparse", "short rows dense"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_plan_and_claim(name: str, min_context: int) -> None:
+    rows = BATCHES[name]
+    slots = torch.tensor([slot for slot, _ in rows], device=DEVICE)
+    seq_lens = torch.tensor([tokens for _, tokens in rows], device=DEVICE)
+    p_of_slot = torch.full((SLOTS,), 0.9, device=DEVICE)
+    p_of_slot[2], p_of_slot[3] = float("inf"), 1.0
+    first_step = torch.ones(SLOTS, dtype=torch.bool, device=DEVICE)
+    first_step[4] = False
+    sealed = torch.zeros(PAGES, dtype=torch.int32, device=DEVICE)
+    req_to_token = table()
+    sealed[req_to_token[1, PS] // PS] = 1  # the second page of slot 1 is sealed already
+
+    batch = len(rows)
+    page_ids = torch.full((batch + 1, COLUMNS), -7, dtype=torch.int32, device=DEVICE)
+    lengths = torch.full((batch + 1,), -7, dtype=torch.int32, device=DEVICE)
+    p = torch.full((batch + 1,), -7.0, device=DEVICE)
+    sparse = torch.zeros(batch + 1, dtype=torch.bool, device=DEVICE)
+    claimed = torch.full((PAGES,), -7, dtype=torch.int32, device=DEVICE)
+    num_claimed = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    totals = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+    expected = plan_rows(
+        req_to_token, slots, seq_lens, p_of_slot, page_size=PS, min_context_tokens=min_context
+    )
+    needed = pages_needed(expected[0], expected[1], expected[3], first_step[slots], sealed, PS)
+    after_sealed = sealed.clone()
+    after_sealed[needed.to_seal.long()] = 1
+    after_first = first_step.clone()
+    after_first[slots[expected[3]]] = False
+
+    plan_and_claim(
+        req_to_token,
+        slots,
+        seq_lens,
+        p_of_slot,
+        first_step,
+        sealed,
+        page_ids,
+        lengths,
+        p,
+        sparse,
+        claimed,
+        num_claimed,
+        totals,
+        page_size=PS,
+        min_context_tokens=min_context,
+    )
+    assert lengths[:batch].tolist() == expected[1].tolist()
+    assert p[:batch].tolist() == expected[2].tolist()
+    assert sparse[:batch].tolist() == expected[3].tolist()
+    for row, tokens in enumerate(expected[1].tolist()):
+        pages = -(-tokens // PS)
+        assert page_ids[row, :pages].tolist() == expected[0][row, :pages].tolist()
+        assert (page_ids[row, pages:] == -7).all()
+    assert page_ids[batch].eq(-7).all() and lengths[batch] == -7
+    count = int(num_claimed)
+    assert sorted(claimed[:count].tolist()) == sorted(needed.to_seal.tolist())
+    assert (claimed[count:] == -7).all()
+    assert torch.equal(sealed, after_sealed)
+    assert torch.equal(first_step, after_first)
+    assert int(totals[0]) == count
+    # rows that are not new claim for themselves; here none of those shares a page with a new one
+    assert int(totals[1]) == needed.reused
+
+
+@pytest.mark.parametrize("layers, batch, heads_kv", [(1, 1, 1), (3, 5, 2), (22, 70, 8)])
+def test_count_budget(layers: int, batch: int, heads_kv: int) -> None:
+    generator = torch.Generator().manual_seed(layers)
+    shape = (layers, batch + 3, heads_kv)
+    candidates = torch.randint(0, 9000, shape, generator=generator, dtype=torch.int32).to(DEVICE)
+    kept = torch.randint(0, 900, shape, generator=generator, dtype=torch.int32).to(DEVICE)
+    lengths = torch.randint(1, 40000, (batch,), generator=generator, dtype=torch.int32).to(DEVICE)
+    sparse = (torch.arange(batch) % 3 != 1).to(DEVICE)
+    budget = torch.tensor([5, 6, 7], device=DEVICE)
+    count_budget(candidates, kept, lengths, sparse, budget)
+    assert budget.tolist() == [
+        5 + layers * heads_kv * int(lengths[sparse].long().sum()),
+        6 + int(candidates[:, :batch][:, sparse].long().sum()),
+        7 + int(kept[:, :batch][:, sparse].long().sum()),
+    ]
