@@ -258,7 +258,7 @@ def _tiling(pairs: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
         return 32, 16, 1, 4, 1
     tile = 64 if bytes_per_token <= 512 else 32
     if pairs < 32:
-        return 64, tile, 1, 4, 4
+        return 64, tile, 1, 2, 4
     return (512 if pairs >= 128 else 256), tile, 5, 4, 4
 
 

@@ -261,11 +261,11 @@ def _estimate_kernel(
                 )
 
 
-def _tiling(pairs: int) -> tuple[int, int, int, int, int]:
+def _tiling(pages: int) -> tuple[int, int, int, int, int]:
     """Tokens of a block, blocks of an item, blocks in flight, warps, programs an SM."""
     if is_interpreted():
         return 64, 2, 1, 4, 1
-    return (128, 8, 7, 4, 6) if pairs >= 32 else (128, 1, 1, 4, 8)
+    return (128, 8, 7, 4, 6) if pages >= 32768 else (128, 1, 1, 4, 8)
 
 
 def estimate_logits(
@@ -303,7 +303,9 @@ def estimate_logits(
     batch, heads_q, dim = q.shape
     page_size, heads_kv = key_cache.shape[1:3]
     group = heads_q // heads_kv
-    block, blocks, stages, warps, programs = _tiling(batch * heads_kv)
+    block, blocks, stages, warps, programs = _tiling(
+        batch * heads_kv * candidate_page_ids.shape[-1]
+    )
     block = max(block, page_size)
     _estimate_kernel[(grid_programs(q.device, programs),)](
         q,

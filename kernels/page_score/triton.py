@@ -72,11 +72,11 @@ def _page_score_kernel(
         tl.store(out, bound, inside)
 
 
-def _tiling(pairs: int) -> tuple[int, int, int, int]:
+def _tiling(pages: int) -> tuple[int, int, int, int]:
     """Pages of a block, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 1, 4, 1
-    return (64, 3, 4, 3) if pairs >= 32 else (32, 1, 4, 8)
+    return (64, 3, 4, 3) if pages >= 65536 else (32, 1, 4, 8)
 
 
 def page_scores(
@@ -101,7 +101,7 @@ def page_scores(
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
-    block, stages, warps, programs = _tiling(batch * heads_kv)
+    block, stages, warps, programs = _tiling(batch * heads_kv * page_ids.shape[1])
     _page_score_kernel[(grid_programs(q.device, programs),)](
         q,
         min_max,

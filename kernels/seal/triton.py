@@ -8,7 +8,7 @@ from twilight_sgl.kernels.launch import grid_programs
 from twilight_sgl.kernels.seal.reference import FLOAT16_MAX, INT4_LEVELS
 
 _CLAIM_BLOCK = 1024
-_TILE_ELEMENTS = 4096
+_TILE_ELEMENTS = 4096  # of half the channels
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -122,52 +122,52 @@ def _seal_kernel(
     HALF: tl.constexpr = D // 2
     head_blocks: tl.constexpr = (HK + HEADS - 1) // HEADS
     items = tl.load(num_page_ids_ptr) * layers * head_blocks
-    token = tl.arange(0, PS)[:, None, None]
-    channel = tl.arange(0, HALF_PAD)[None, None, :]
+    lane = tl.arange(0, HEADS)
+    token = tl.arange(0, PS)
+    channel = tl.arange(0, HALF_PAD)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        head = (item % head_blocks) * HEADS + tl.arange(0, HEADS)[None, :, None]
+        head = (item % head_blocks) * HEADS + lane
         rest = item // head_blocks
         layer = rest % layers
         page = tl.load(page_ids_ptr + rest // layers).to(tl.int64)
         keys_ptr = tl.load(key_pointers_ptr + layer).to(tl.pointer_type(KEY_DTYPE))
-        inside = (head < HK) & (channel < HALF)
-        offset = (page * PS + token) * stride_slot + head * D + channel  # [PS, HEADS, HALF_PAD]
+        # Tiles are [HEADS, PS, HALF_PAD]: a warp has whole heads, so nothing crosses warps.
+        row_inside = (head < HK)[:, None, None]
+        inside = row_inside & (channel < HALF)[None, None, :]
+        offset = (page * PS + token)[None, :, None] * stride_slot
+        offset += head[:, None, None] * D + channel[None, None, :]
         low_half = tl.load(keys_ptr + offset, inside, other=0.0).to(tl.float32)
         high_half = tl.load(keys_ptr + offset + HALF, inside, other=0.0).to(tl.float32)
 
-        row = (layer.to(tl.int64) * pool_pages + page) * HK
-        head_2d = (item % head_blocks) * HEADS + tl.arange(0, HEADS)[:, None]
-        channel_2d = tl.arange(0, HALF_PAD)[None, :]
-        inside_2d = (head_2d < HK) & (channel_2d < HALF)
-        bounds_ptr = min_max_ptr + (row + head_2d) * (2 * D) + channel_2d
-        tl.store(bounds_ptr, tl.min(low_half, 0).to(KEY_DTYPE), inside_2d)
-        tl.store(bounds_ptr + HALF, tl.min(high_half, 0).to(KEY_DTYPE), inside_2d)
-        tl.store(bounds_ptr + D, tl.max(low_half, 0).to(KEY_DTYPE), inside_2d)
-        tl.store(bounds_ptr + D + HALF, tl.max(high_half, 0).to(KEY_DTYPE), inside_2d)
+        row = (layer.to(tl.int64) * pool_pages + page) * HK + head  # [HEADS]
+        bounds_inside = (head < HK)[:, None] & (channel < HALF)[None, :]
+        bounds_ptr = min_max_ptr + row[:, None] * (2 * D) + channel[None, :]
+        tl.store(bounds_ptr, tl.min(low_half, 1).to(KEY_DTYPE), bounds_inside)
+        tl.store(bounds_ptr + HALF, tl.min(high_half, 1).to(KEY_DTYPE), bounds_inside)
+        tl.store(bounds_ptr + D, tl.max(low_half, 1).to(KEY_DTYPE), bounds_inside)
+        tl.store(bounds_ptr + D + HALF, tl.max(high_half, 1).to(KEY_DTYPE), bounds_inside)
 
         if HAS_CODES:
             infinity = float("inf")
             low = tl.min(tl.where(inside, tl.minimum(low_half, high_half), infinity), 2)
             high = tl.max(tl.where(inside, tl.maximum(low_half, high_half), -infinity), 2)
-            head_ok = (item % head_blocks) * HEADS + tl.arange(0, HEADS)[None, :] < HK
-            low = tl.where(head_ok, low, 0.0)  # [PS, HEADS]
-            high = tl.where(head_ok, high, 0.0)
+            head_inside = (head < HK)[:, None] & (token >= 0)[None, :]  # [HEADS, PS]
+            low = tl.where(head_inside, low, 0.0)
+            high = tl.where(head_inside, high, 0.0)
             zero = tl.minimum(tl.maximum(low, -F16_MAX), F16_MAX).to(tl.float16)
             scale = tl.div_rn(high - low, tl.zeros_like(low) + LEVELS)
             scale = tl.minimum(scale, F16_MAX).to(tl.float16)
             step = scale.to(tl.float32)
             step = tl.where(step > 0, step, 1.0)
-            per_step = tl.div_rn(tl.full([PS, HEADS], 1.0, tl.float32), step)[:, :, None]
+            per_step = tl.div_rn(tl.zeros_like(step) + 1.0, step)[:, :, None]
             base = zero.to(tl.float32)[:, :, None]
             packed = _codes(low_half, base, per_step, LEVELS)
             packed |= _codes(high_half, base, per_step, LEVELS) << 4
-            token_row = (row + head) * PS + token
-            tl.store(codes_ptr + token_row * HALF + channel, packed.to(tl.uint8), inside)
-            token_row_2d = (
-                row + (item % head_blocks) * HEADS + tl.arange(0, HEADS)[None, :]
-            ) * PS + tl.arange(0, PS)[:, None]
-            tl.store(scale_zero_ptr + token_row_2d * 2, scale, head_ok)
-            tl.store(scale_zero_ptr + token_row_2d * 2 + 1, zero, head_ok)
+            token_row = row[:, None] * PS + token[None, :]
+            codes_offset = token_row[:, :, None] * HALF + channel[None, None, :]
+            tl.store(codes_ptr + codes_offset, packed.to(tl.uint8), inside)
+            tl.store(scale_zero_ptr + token_row * 2, scale, head_inside)
+            tl.store(scale_zero_ptr + token_row * 2 + 1, zero, head_inside)
 
 
 def seal_pages(

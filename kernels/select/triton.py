@@ -1,4 +1,4 @@
-"""Candidate pages in Triton: a radix search for the score of the last page that fits."""
+"""Candidate pages in Triton: a search for the score of the last page that fits, without a sort."""
 
 import torch
 import triton
@@ -7,6 +7,8 @@ import triton.language as tl
 from twilight_sgl.kernels.estimate.triton import quantize_query
 from twilight_sgl.kernels.launch import launch_options, wait_for_inputs
 from twilight_sgl.kernels.select.reference import budget_pages
+
+_LARGEST = tl.constexpr(1e38)
 
 
 def budget_table(columns: int, budget: float, page_size: int, device: torch.device) -> torch.Tensor:
@@ -24,44 +26,66 @@ def max_candidate_pages(
 
 
 @triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
 
 
 @triton.jit
-def _search_threshold(keys, scored, k):
-    """The largest int32 threshold with at least k keys from it on, and how many there are.
+def _least_and_greatest(a0, a1, b0, b1):
+    return tl.minimum(a0, b0), tl.maximum(a1, b1)
 
-    Three thresholds a round, between the least and the greatest key, until one has exactly k
-    keys or only equal keys are left.
+
+@triton.jit
+def _search_threshold(scores, scored, num_scored, k):
+    """Bounds low < high with at least k scores from low on and fewer than k from high on.
+
+    Three thresholds a round, two of their counts in one integer, until exactly k scores are at
+    or above low or the bounds are as near as float32 can tell at the scale of the scores.
+
+    Returns:
+        low, high, the number of scores from low on, and from high on.
     """
-    low = tl.min(tl.where(scored, keys, 0x7FFFFFFF), 0).to(tl.int64)
-    high = tl.max(tl.where(scored, keys, -0x80000000), 0).to(tl.int64) + 1
-    count = tl.sum(scored.to(tl.int32), 0)
-    while (count > k) & (high - low > 1):
-        width = high - low
-        first = low + tl.maximum(width // 4, 1)
-        second = tl.maximum(low + width // 2, first)
-        third = tl.maximum(low + (width // 4) * 3, second)
-        ones, twos, threes = tl.reduce(
+    infinity = float("inf")
+    low, high = tl.reduce(
+        (tl.where(scored, scores, infinity), tl.where(scored, scores, -infinity)),
+        0,
+        _least_and_greatest,
+    )
+    scores = tl.where(scored, scores, -infinity)
+    high = high + tl.maximum(tl.abs(high), tl.abs(low)) * 1e-6 + 1e-30  # above all
+    count = num_scored
+    above = num_scored * 0
+    rounds = 0
+    while (count > k) & (rounds < 14):
+        quarter = (high - low) * 0.25
+        first = low + quarter
+        second = low + quarter * 2
+        third = low + quarter * 3
+        low_counts, threes = tl.reduce(
             (
-                (scored & (keys >= first.to(tl.int32))).to(tl.int32),
-                (scored & (keys >= second.to(tl.int32))).to(tl.int32),
-                (scored & (keys >= third.to(tl.int32))).to(tl.int32),
+                tl.where(scores >= first, 1, 0) + tl.where(scores >= second, 65536, 0),
+                (scores >= third).to(tl.int32),
             ),
             0,
-            _add3,
+            _add2,
         )
-        count = tl.where(
-            threes >= k, threes, tl.where(twos >= k, twos, tl.where(ones >= k, ones, count))
-        )
-        high = tl.where(
-            threes >= k, high, tl.where(twos >= k, third, tl.where(ones >= k, second, first))
-        )
-        low = tl.where(
-            threes >= k, third, tl.where(twos >= k, second, tl.where(ones >= k, first, low))
-        )
-    return low.to(tl.int32), count
+        ones = low_counts & 0xFFFF
+        twos = (low_counts >> 16) & 0xFFFF
+        enough1 = ones >= k
+        enough2 = twos >= k
+        enough3 = threes >= k
+        if enough2:
+            high = tl.where(enough3, high, third)
+            above = tl.where(enough3, above, threes)
+            low = tl.where(enough3, third, second)
+            count = tl.where(enough3, threes, twos)
+        else:
+            high = tl.where(enough1, second, first)
+            above = tl.where(enough1, twos, ones)
+            low = tl.where(enough1, first, low)
+            count = tl.where(enough1, ones, count)
+        rounds += 1
+    return low, high, count, above
 
 
 @triton.jit
@@ -79,9 +103,11 @@ def _select_kernel(
     kept_tokens_ptr,
     q_codes_ptr,
     q_scale_sum_ptr,
+    chunk_counts_ptr,
     out_ptr,
     stride_scores,
     width,
+    num_chunks,
     stride_page_ids,
     stride_q_row,
     stride_q_head,
@@ -99,6 +125,8 @@ def _select_kernel(
     DV_PAD: tl.constexpr,
     COLUMNS_PAD: tl.constexpr,
     HAS_CODES: tl.constexpr,
+    HAS_CHUNKS: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -124,26 +152,23 @@ def _select_kernel(
         recent_from = tl.maximum(length - RECENT, 0) // PS
         exists = position < pages
         forced = exists & ((position < sink_below) | (position >= recent_from))
-        num_forced = tl.sum(forced.to(tl.int32), 0)
-        scored = exists & (position < (length - 1) // PS) & (~forced)
+        num_sink = tl.minimum(sink_below, pages)
+        num_forced = num_sink + pages - tl.maximum(recent_from, num_sink)
+        scored = exists & (~forced)
         score_ptr = scores_ptr + pair.to(tl.int64) * stride_scores + position
-        score = tl.load(score_ptr, scored, other=0.0) + 0.0  # -0 becomes 0
+        score = tl.load(score_ptr, scored, other=0.0)
+        score = tl.where(score == score, score, -_LARGEST)  # keys that are not finite
+        score = tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, exists, other=0)
         count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
-        bits = score.to(tl.int32, bitcast=True)
-        keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         room = count - num_forced
         chosen = forced
         if room > 0:
-            threshold, above = _search_threshold(keys, scored, room)
-            good = scored & (keys >= threshold)
-            if above > room:  # of equal scores the earlier pages
-                ties = good & (keys == threshold)
-                surplus = above - room
-                tie_count = tl.sum(ties.to(tl.int32), 0)
-                good = good & (
-                    (keys > threshold) | (tl.cumsum(ties.to(tl.int32), 0) <= tie_count - surplus)
-                )
+            low, high, found, above = _search_threshold(score, scored, pages - num_forced, room)
+            good = scored & (score >= low)
+            if found > room:  # of equal scores the earlier pages
+                ties = good & (score < high)
+                good = good & ((score >= high) | (tl.cumsum(ties.to(tl.int32), 0) <= room - above))
             chosen = chosen | good
         slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
@@ -160,6 +185,9 @@ def _select_kernel(
                 D,
                 D_PAD,
             )
+    if HAS_CHUNKS:
+        chunk = tl.arange(0, CHUNKS_PAD)
+        tl.store(chunk_counts_ptr + pair * num_chunks + chunk, 0, chunk < num_chunks)
     tl.store(counts_ptr + pair, count)
     tl.store(candidate_tokens_ptr + pair, tokens)
     tl.store(kept_tokens_ptr + pair, tokens)
@@ -179,16 +207,19 @@ def select_pages(
     kept_tokens: torch.Tensor,
     q_codes: torch.Tensor | None,
     q_scale_sum: torch.Tensor | None,
+    chunk_counts: torch.Tensor | None,
     out: torch.Tensor,
     *,
     page_size: int,
     sink_tokens: int,
     recent_tokens: int,
 ) -> None:
-    """Pick each KV head's best pages, exactly as `reference.select_pages`, and prepare the row.
+    """Pick each KV head's best pages, as `reference.select_pages`, and prepare the row.
 
-    One program per request and KV head. It also quantizes the group's queries for the INT4
-    estimate and zeroes the output of padded rows, which no later kernel looks at.
+    One program per request and KV head. Scores nearer to each other than 2**-24 of their range
+    may count as equal; of equal ones the earlier page goes first. The kernel also quantizes the
+    group's queries for the INT4 estimate and zeroes the output of padded rows, which no later
+    kernel looks at.
 
     Args:
         scores: [B, HK, T] float32 from `page_scores`.
@@ -203,11 +234,13 @@ def select_pages(
         kept_tokens: [B, HK] int32, written: the same; pruning then overwrites sparse rows'.
         q_codes: [B, HQ, 2, D] int8 and q_scale_sum: [B, HQ, 2] float32, written for sparse rows,
             see `quantize_query`; None for the `exact` estimator.
+        chunk_counts: [B, HK, chunks] int32, zeroed for `unite_kept`; None without pruning.
         out: [B, HQ, DV], zeroed for rows of length 0.
     """
     batch, heads_kv, columns = scores.shape
     heads_q, dim = q.shape[1:]
     group = heads_q // heads_kv
+    num_chunks = 1 if chunk_counts is None else chunk_counts.shape[-1]
     columns_pad = max(16, triton.next_power_of_2(columns))
     _select_kernel[(batch * heads_kv,)](
         scores,
@@ -223,9 +256,11 @@ def select_pages(
         kept_tokens,
         q_codes,
         q_scale_sum,
+        chunk_counts,
         out,
         scores.stride(1),
         positions.shape[-1],
+        num_chunks,
         page_ids.stride(0),
         q.stride(0),
         q.stride(1),
@@ -243,5 +278,7 @@ def select_pages(
         DV_PAD=triton.next_power_of_2(out.shape[-1]),
         COLUMNS_PAD=columns_pad,
         HAS_CODES=q_codes is not None,
-        **launch_options(4 if columns_pad <= 1024 else 8 if columns_pad <= 2048 else 16),
+        HAS_CHUNKS=chunk_counts is not None,
+        CHUNKS_PAD=triton.next_power_of_2(num_chunks),
+        **launch_options(4 if columns_pad <= 2048 else 8 if columns_pad <= 8192 else 16),
     )

@@ -1,23 +1,18 @@
 """Top-p pruning in Triton: thresholds by bisection, then the union over each group, compacted.
 
-One program a (request, query head) finds its threshold, then one a (request, KV head) unites its
-group's tokens. Nothing is sorted.
+One program a (request, query head) finds its threshold, then one a chunk of a (request, KV head)'s
+candidates unites the group's tokens. Nothing is sorted.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.launch import launch_options, wait_for_inputs
+from twilight_sgl.kernels.launch import is_interpreted, launch_options, wait_for_inputs
 
 BISECTION_STEPS = 12
 _MOST_IN_REGISTERS = 32768
-_FEW_PROGRAMS = 264  # fewer than two a multiprocessor: latency counts, not work
-
-
-@triton.jit
-def _add3(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
+_CHUNK_TOKENS = 2048
 
 
 @triton.jit
@@ -38,9 +33,7 @@ def _as_logit(top, low):
 
 
 @triton.jit
-def _threshold_in_registers(
-    row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr, QUARTER: tl.constexpr
-):
+def _threshold_in_registers(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
     logits = tl.load(row_ptr + offset, offset < tokens, other=-float("inf")).to(tl.float32)
     top = tl.max(logits, 0)
@@ -49,35 +42,11 @@ def _threshold_in_registers(
     target = p * total
     low = _search_start(total, p, tokens)
     high = total * 0.0
-    if QUARTER:  # two halvings a round, for three times the work and half the waiting
-        for _ in range(STEPS // 2):
-            middle = (low + high) * 0.5
-            first = (low + middle) * 0.5
-            third = (middle + high) * 0.5
-            mass1, mass2, mass3 = tl.reduce(
-                (
-                    _mass_from(weights, tl.exp(first)),
-                    _mass_from(weights, tl.exp(middle)),
-                    _mass_from(weights, tl.exp(third)),
-                ),
-                0,
-                _add3,
-            )
-            new_low = tl.where(mass1 >= target, first, low)
-            new_low = tl.where(mass2 >= target, middle, new_low)
-            new_low = tl.where(mass3 >= target, third, new_low)
-            high = tl.where(
-                mass3 >= target,
-                high,
-                tl.where(mass2 >= target, third, tl.where(mass1 >= target, middle, first)),
-            )
-            low = new_low
-    else:
-        for _ in range(STEPS):
-            middle = (low + high) * 0.5
-            enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+    for _ in range(STEPS):
+        middle = (low + high) * 0.5
+        enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
     return _as_logit(top, low)
 
 
@@ -125,7 +94,6 @@ def _threshold_kernel(
     SMALL: tl.constexpr,
     LARGE: tl.constexpr,
     LOOPED: tl.constexpr,
-    QUARTER: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -139,11 +107,11 @@ def _threshold_kernel(
         if p < 1.0:
             row_ptr = logits_ptr + head.to(tl.int64) * capacity
             if (LARGE == SMALL and not LOOPED) or tokens <= SMALL:
-                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL, QUARTER)
+                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
             elif LOOPED:
                 threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
             else:
-                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE, QUARTER)
+                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
         tl.store(thresholds_ptr + head, threshold)
 
 
@@ -152,48 +120,69 @@ def _union_kernel(
     logits_ptr,
     thresholds_ptr,
     seq_lens_ptr,
-    positions_ptr,
     candidate_page_ids_ptr,
     counts_ptr,
     candidate_tokens_ptr,
     slots_ptr,
     kept_tokens_ptr,
+    chunk_counts_ptr,
     width,
+    num_chunks,
     HK: tl.constexpr,
     G: tl.constexpr,
     PS: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    pair = tl.program_id(0).to(tl.int64)
+    pair = (tl.program_id(0) // num_chunks).to(tl.int64)
+    chunk = tl.program_id(0) % num_chunks
+    start = chunk * BLOCK
     tokens = tl.load(candidate_tokens_ptr + pair)
     length = tl.load(seq_lens_ptr + pair // HK)
-    if tl.load(counts_ptr + pair) > 0:
-        kept = 0
-        open_from = (length - 1) // PS * PS
-        keep_from = tl.minimum(open_from, length - RECENT)
-        for start in tl.range(0, tokens, BLOCK, num_stages=1):
-            token = start + tl.arange(0, BLOCK)
-            inside = token < tokens
-            place = pair * width + token // PS
-            page = tl.load(candidate_page_ids_ptr + place, inside, other=0)
-            position = tl.load(positions_ptr + place, inside, other=0) * PS + token % PS
-            keep = (position < SINK) | (position >= keep_from)
-            for head in tl.static_range(G):
-                row = pair * G + head
-                threshold = tl.load(thresholds_ptr + row)
-                logit = tl.load(
-                    logits_ptr + row * (width * PS) + token, inside, other=-float("inf")
-                )
-                keep = keep | (logit.to(tl.float32) >= threshold)
-            chosen = (keep & inside).to(tl.int32)
-            slot = kept + tl.cumsum(chosen, 0) - 1
-            tl.store(slots_ptr + pair * (width * PS) + slot, page * PS + token % PS, chosen != 0)
-            kept += tl.sum(chosen, 0)
-        tl.store(kept_tokens_ptr + pair, kept)
+    if (tl.load(counts_ptr + pair) > 0) & (start < tokens):
+        # Sink and recent pages are candidates, so the forced tokens are the first and the last.
+        forced_last = tl.maximum((length - 1) % PS + 1, tl.minimum(RECENT, length))
+        token = start + tl.arange(0, BLOCK)
+        inside = token < tokens
+        keep = (token < SINK) | (token >= tokens - forced_last)
+        for head in tl.static_range(G):
+            row = pair * G + head
+            threshold = tl.load(thresholds_ptr + row)
+            logit = tl.load(logits_ptr + row * (width * PS) + token, inside, other=-float("inf"))
+            keep = keep | (logit.to(tl.float32) >= threshold)
+        keep = keep & inside
+        chosen = keep.to(tl.int32)
+        kept = tl.sum(chosen, 0)
+        # Publish the count, one up so that 0 means not yet, and wait for those of the chunks
+        # before. They were launched before this one, so they run or have run.
+        mine_ptr = chunk_counts_ptr + pair * num_chunks
+        tl.atomic_xchg(mine_ptr + chunk, kept + 1, sem="relaxed")
+        other = tl.arange(0, CHUNKS_PAD)
+        before = tl.zeros([CHUNKS_PAD], tl.int32)
+        waiting = chunk
+        while waiting > 0:
+            before = tl.load(mine_ptr + other, other < chunk, other=0, volatile=True)
+            waiting = chunk - tl.sum((before > 0).to(tl.int32), 0)
+        first = tl.sum(before, 0) - chunk
+        slot = first + tl.cumsum(chosen, 0) - 1
+        pages_ptr = candidate_page_ids_ptr + pair * width
+        page = tl.load(pages_ptr + token // PS, keep, other=0)
+        tl.store(slots_ptr + pair * (width * PS) + slot, page * PS + token % PS, keep)
+        if start + BLOCK >= tokens:
+            tl.store(kept_tokens_ptr + pair, first + kept)
+
+
+def union_chunks(capacity: int) -> int:
+    """Chunks that `unite_kept` cuts the candidates' tokens of a (request, KV head) into."""
+    return triton.cdiv(capacity, _chunk_tokens())
+
+
+def _chunk_tokens() -> int:
+    return 64 if is_interpreted() else _CHUNK_TOKENS
 
 
 def top_p_thresholds(
@@ -236,7 +225,6 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
-        QUARTER=batch * heads_q < _FEW_PROGRAMS,
         **launch_options(16 if large > 8192 else 8 if large > 2048 else 4),
     )
 
@@ -245,12 +233,12 @@ def unite_kept(
     logits: torch.Tensor,
     thresholds: torch.Tensor,
     seq_lens: torch.Tensor,
-    positions: torch.Tensor,
     candidate_page_ids: torch.Tensor,
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
     kept_token_slots: torch.Tensor,
     kept_tokens: torch.Tensor,
+    chunk_counts: torch.Tensor,
     *,
     page_size: int,
     sink_tokens: int,
@@ -263,33 +251,33 @@ def unite_kept(
     Args:
         logits: [B, HQ, C * PS]; thresholds: [B, HQ] float32 from `top_p_thresholds`.
         seq_lens: [B] int32.
-        positions, candidate_page_ids, counts, candidate_tokens: from `select_pages`; rows with
-            count 0 are skipped.
+        candidate_page_ids, counts, candidate_tokens: from `select_pages`; rows with count 0 are
+            skipped.
         kept_token_slots: [B, HK, C * PS] int32, written: physical slots in ascending token
             position; the rest keeps what it held.
         kept_tokens: [B, HK] int32, written.
+        chunk_counts: [B, HK, union_chunks(C * PS)] int32 zeros from `select_pages`, overwritten.
     """
-    batch, heads_q, capacity = logits.shape
-    heads_kv = counts.shape[1]
-    few = batch * heads_kv < _FEW_PROGRAMS
-    most = 4096 if few else 2048
-    block = min(most, max(16, triton.next_power_of_2(capacity)))
-    _union_kernel[(batch * heads_kv,)](
+    batch, heads_q, _ = logits.shape
+    heads_kv, num_chunks = chunk_counts.shape[1:]
+    _union_kernel[(batch * heads_kv * num_chunks,)](
         logits,
         thresholds,
         seq_lens,
-        positions,
         candidate_page_ids,
         counts,
         candidate_tokens,
         kept_token_slots,
         kept_tokens,
-        positions.shape[-1],
+        chunk_counts,
+        candidate_page_ids.shape[-1],
+        num_chunks,
         HK=heads_kv,
         G=heads_q // heads_kv,
         PS=page_size,
         SINK=sink_tokens,
         RECENT=recent_tokens,
-        BLOCK=block,
-        **launch_options(16 if block == 4096 else 8 if block > 1024 else 4),
+        BLOCK=_chunk_tokens(),
+        CHUNKS_PAD=triton.next_power_of_2(num_chunks),
+        **launch_options(8),
     )

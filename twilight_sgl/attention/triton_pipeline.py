@@ -12,7 +12,12 @@ from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
 from twilight_sgl.kernels.page_score.triton import page_scores
 from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
-from twilight_sgl.kernels.top_p.triton import BISECTION_STEPS, top_p_thresholds, unite_kept
+from twilight_sgl.kernels.top_p.triton import (
+    BISECTION_STEPS,
+    top_p_thresholds,
+    union_chunks,
+    unite_kept,
+)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
@@ -136,9 +141,11 @@ class TritonDecode:
         self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
         self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
         self.logits = self.thresholds = self.q_codes = self.q_scale_sum = None
-        self.kept_token_slots = None
+        self.kept_token_slots = self.chunk_counts = None
         if prune:
-            self.kept_token_slots = empty(*pairs, width * page_size, dtype=torch.int32)
+            capacity = width * page_size
+            self.kept_token_slots = empty(*pairs, capacity, dtype=torch.int32)
+            self.chunk_counts = empty(*pairs, union_chunks(capacity), dtype=torch.int32)
             self.logits = empty(max_batch, heads_q, width * page_size, dtype=logits_dtype)
             self.thresholds = empty(max_batch, heads_q, dtype=torch.float32)
         if self._use_codes:
@@ -154,6 +161,7 @@ class TritonDecode:
         sm_scale: float,
         logit_cap: float = 0.0,
         out: torch.Tensor | None = None,
+        counts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> LayerOutput:
         """Run one layer; what `decode_reference` computes.
 
@@ -162,16 +170,20 @@ class TritonDecode:
             cache: the layer's KV cache with this step's key and value, and summaries of every
                 full page that a sparse row of the plan names.
             out: [B, HQ, DV] for the output; the object's own memory by default.
+            counts: [>= B, HK] int32 each, for the candidate and the kept tokens; likewise.
         Returns:
             Output in q's dtype, zeros for padded rows. The three tensors are overwritten by the
-            next call (`out` by its owner).
+            next call that writes to the same memory.
         """
         out = self.out[: q.shape[0]] if out is None else out
-        stages = self.stages(q, cache, plan, out, sm_scale=sm_scale, logit_cap=logit_cap)
+        counts = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
+        stages = self.stages(
+            q, cache, plan, out, sm_scale=sm_scale, logit_cap=logit_cap, counts=counts
+        )
         for launch in stages.values():
             launch()
         batch = q.shape[0]
-        return LayerOutput(out, self.candidate_tokens[:batch], self.kept_tokens[:batch])
+        return LayerOutput(out, counts[0][:batch], counts[1][:batch])
 
     def stages(
         self,
@@ -182,6 +194,7 @@ class TritonDecode:
         *,
         sm_scale: float,
         logit_cap: float = 0.0,
+        counts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, Callable[[], None]]:
         """The launches of `run` by name, in order, for benchmarks to time one by one."""
         batch = q.shape[0]
@@ -192,13 +205,15 @@ class TritonDecode:
             )
         selection = self.selection
         scores = self.scores[:batch, :, : plan.page_ids.shape[-1]]
-        counts = self.counts[:batch]
+        page_counts = self.counts[:batch]
         positions, candidate_page_ids = self.positions[:batch], self.candidate_page_ids[:batch]
-        candidate_tokens, kept_tokens = self.candidate_tokens[:batch], self.kept_tokens[:batch]
+        totals = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
+        candidate_tokens, kept_tokens = totals[0][:batch], totals[1][:batch]
         logits = None if self.logits is None else self.logits[:batch]
         thresholds = None if self.thresholds is None else self.thresholds[:batch]
         q_codes = None if self.q_codes is None else self.q_codes[:batch]
         q_scale_sum = None if self.q_scale_sum is None else self.q_scale_sum[:batch]
+        chunk_counts = None if self.chunk_counts is None else self.chunk_counts[:batch]
         lists = candidate_page_ids
         if self.kept_token_slots is not None:
             lists = self.kept_token_slots[:batch]
@@ -221,11 +236,12 @@ class TritonDecode:
             q,
             positions,
             candidate_page_ids,
-            counts,
+            page_counts,
             candidate_tokens,
             kept_tokens,
             q_codes,
             q_scale_sum,
+            chunk_counts,
             out,
             page_size=selection.page_size,
             sink_tokens=selection.sink_tokens,
@@ -240,14 +256,14 @@ class TritonDecode:
                 q_codes,
                 q_scale_sum,
                 candidate_page_ids,
-                counts,
+                page_counts,
                 plan.seq_lens,
                 logits,
                 sm_scale=sm_scale,
                 logit_cap=logit_cap,
             )
             launches["top_p"] = lambda: top_p_thresholds(
-                logits, plan.p, counts, candidate_tokens, thresholds, steps=self.top_p_steps
+                logits, plan.p, page_counts, candidate_tokens, thresholds, steps=self.top_p_steps
             )
             launches["union"] = lambda: unite_kept(
                 logits,
@@ -255,10 +271,11 @@ class TritonDecode:
                 plan.seq_lens,
                 positions,
                 candidate_page_ids,
-                counts,
+                page_counts,
                 candidate_tokens,
                 lists,
                 kept_tokens,
+                chunk_counts,
                 page_size=selection.page_size,
                 sink_tokens=selection.sink_tokens,
                 recent_tokens=selection.recent_tokens,
