@@ -269,7 +269,6 @@ class TritonDecode:
                 logits,
                 thresholds,
                 plan.seq_lens,
-                positions,
                 candidate_page_ids,
                 page_counts,
                 candidate_tokens,
