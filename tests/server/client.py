@@ -10,13 +10,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 START_SECONDS = 400
+LAUNCHER = (sys.executable, "-m", "twilight_sgl.launch_server")
 
 
 class Server:
@@ -86,15 +87,14 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(flags: list[str], log: Path) -> Iterator[Server]:
+def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> Iterator[Server]:
     """Start a server on a free port, wait until it generates, and end all its processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "twilight_sgl.launch_server", "--port", str(port), *flags]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command,
+            [*command, "--port", str(port), *flags],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -20,7 +20,7 @@ class _Buffers:
     def __init__(
         self, max_batch: int, columns: int, layers: int, heads_kv: int, decode: TritonDecode
     ) -> None:
-        device = decode.device
+        device = decode.out.device
         self.max_batch = max_batch
         self.page_ids = torch.zeros((max_batch, columns), dtype=torch.int32, device=device)
         self.lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
@@ -141,8 +141,7 @@ class TritonRuntime(TwilightRuntime):
             sm_scale=sm_scale,
             logit_cap=logit_cap,
             out=out,
-            candidate_tokens=buffers.candidate_tokens[row],
-            kept_tokens=buffers.kept_tokens[row],
+            counts=(buffers.candidate_tokens[row], buffers.kept_tokens[row]),
         )
         if row == len(self.pool.layer_ids) - 1:
             count_budget(
