@@ -79,6 +79,13 @@ def _tiling(pages: int) -> tuple[int, int, int, int]:
     return (64, 3, 4, 3) if pages >= 65536 else (32, 1, 4, 8)
 
 
+def _compute_dtype(q_dtype: torch.dtype, bounds_dtype: torch.dtype) -> tl.dtype:
+    """float16 for float8 bounds: the hardware converts to that, and it holds q as well."""
+    if bounds_dtype == torch.float8_e4m3fn and q_dtype == torch.bfloat16 and not is_interpreted():
+        return tl.float16
+    return compute_dtype(q_dtype)
+
+
 def page_scores(
     q: torch.Tensor,
     min_max: torch.Tensor,
@@ -93,7 +100,7 @@ def page_scores(
 
     Args:
         q: [B, HQ, D], last dimension contiguous.
-        min_max: [P, HK, 2, D] page summaries of one layer.
+        min_max: [P, HK, 2, D] page summaries of one layer, in the dtype of the keys or float8.
         page_ids: [B, T] int32; seq_lens: [B] int32; sparse: [B] bool: see `DecodePlan`.
         scores: [B, HK, T] float32, written for the pages before the one that holds the newest
             token; the rest keeps what it held.
@@ -114,7 +121,7 @@ def page_scores(
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),
-        COMPUTE=compute_dtype(q.dtype),
+        COMPUTE=_compute_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,
         G=heads_q // heads_kv,
         G_PAD=max(16, triton.next_power_of_2(heads_q // heads_kv)),

@@ -4,6 +4,7 @@ import torch
 
 INT4_LEVELS = 15
 FLOAT16_MAX = 65504.0
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
 def quantize_int4(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,18 +42,44 @@ def dequantize_int4(codes: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tens
     return levels * scale.unsqueeze(-1) + zero.unsqueeze(-1)
 
 
-def summarize(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def round_outward(values: torch.Tensor, *, up: bool) -> torch.Tensor:
+    """Round float32 values to the next float8_e4m3fn at or above (or below) them.
+
+    Values beyond its largest, 448, become that.
+    """
+    values = values.clamp(-FLOAT8_MAX, FLOAT8_MAX)
+    rounded = values.to(torch.float8_e4m3fn)
+    bits = rounded.view(torch.uint8).int()
+    back = rounded.float()
+    grows = (bits < 128) == up  # away from zero is up for positive values
+    away, from_zero = bits + 1, 1 if up else 129
+    moved = torch.where(grows, away, bits - 1)
+    moved = torch.where((bits & 127) == 0, from_zero, moved)
+    missed = back < values if up else back > values
+    return torch.where(missed, moved, bits).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def summarize(
+    keys: torch.Tensor, bounds_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Build the summaries of full pages.
 
     Args:
         keys: [M, PS, HK, D] the pages' keys, any float dtype.
+        bounds_dtype: of min_max, by default that of keys; float8_e4m3fn bounds of wider keys are
+            rounded outward, so that they still hold every key (up to 448).
     Returns:
-        min_max: [M, HK, 2, D] in the dtype of keys; per-channel minimum, then maximum, over the
-            page's tokens (Quest, arXiv 2406.10774, 3.3).
+        min_max: [M, HK, 2, D]; per-channel minimum, then maximum, over the page's tokens (Quest,
+            arXiv 2406.10774, 3.3).
         codes: [M, HK, PS, D // 2] uint8, see `quantize_int4`.
         scale_zero: [M, HK, PS, 2] float16.
     """
     by_head = keys.transpose(1, 2)
     wide = by_head.float()
-    min_max = torch.stack((wide.amin(2), wide.amax(2)), dim=2).to(keys.dtype)
+    least, greatest = wide.amin(2), wide.amax(2)
+    if bounds_dtype == torch.float8_e4m3fn and keys.dtype != bounds_dtype:
+        least, greatest = round_outward(least, up=False), round_outward(greatest, up=True)
+        min_max = torch.stack((least.view(torch.uint8), greatest.view(torch.uint8)), dim=2)
+        return min_max.view(bounds_dtype), *quantize_int4(by_head)
+    min_max = torch.stack((least, greatest), dim=2).to(bounds_dtype or keys.dtype)
     return min_max, *quantize_int4(by_head)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from twilight_sgl.kernels.launch import grid_programs
-from twilight_sgl.kernels.seal.reference import FLOAT16_MAX, INT4_LEVELS
+from twilight_sgl.kernels.seal.reference import FLOAT8_MAX, FLOAT16_MAX, INT4_LEVELS
 
 _CLAIM_BLOCK = 1024
 _TILE_ELEMENTS = 4096  # of half the channels
@@ -98,6 +98,27 @@ def _codes(keys, zero, per_step, LEVELS: tl.constexpr):
     return ((x + 12582912.0) - 12582912.0).to(tl.int32)
 
 
+_FLOAT8_LARGEST = tl.constexpr(FLOAT8_MAX)
+
+
+@triton.jit
+def _bound(values, UP: tl.constexpr, OUTWARD: tl.constexpr, DTYPE: tl.constexpr):
+    """Convert minima or maxima to DTYPE; OUTWARD: see `reference.round_outward`."""
+    if OUTWARD:
+        # The magnitude cut to 3 bits behind the leading one (to a multiple of 2**-9 below
+        # 2**-6) converts exactly; the next one up is the next integer.
+        size = tl.minimum(tl.abs(values), _FLOAT8_LARGEST)
+        cut = (size.to(tl.int32, bitcast=True) & -0x100000).to(tl.float32, bitcast=True)
+        cut = tl.where(size < 0.015625, tl.floor(size * 512.0) / 512.0, cut)
+        away = (values > 0) == UP
+        bits = cut.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+        bits += ((cut < size) & away).to(tl.int32)
+        bits += tl.where(values < 0, 128, 0)
+        return bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return values.to(DTYPE)
+
+
 @triton.jit
 def _seal_kernel(
     key_pointers_ptr,
@@ -110,6 +131,8 @@ def _seal_kernel(
     pool_pages,
     stride_slot,
     KEY_DTYPE: tl.constexpr,
+    BOUNDS_DTYPE: tl.constexpr,
+    OUTWARD: tl.constexpr,
     PS: tl.constexpr,
     HK: tl.constexpr,
     HEADS: tl.constexpr,
@@ -142,10 +165,14 @@ def _seal_kernel(
         row = (layer.to(tl.int64) * pool_pages + page) * HK + head  # [HEADS]
         bounds_inside = (head < HK)[:, None] & (channel < HALF)[None, :]
         bounds_ptr = min_max_ptr + row[:, None] * (2 * D) + channel[None, :]
-        tl.store(bounds_ptr, tl.min(low_half, 1).to(KEY_DTYPE), bounds_inside)
-        tl.store(bounds_ptr + HALF, tl.min(high_half, 1).to(KEY_DTYPE), bounds_inside)
-        tl.store(bounds_ptr + D, tl.max(low_half, 1).to(KEY_DTYPE), bounds_inside)
-        tl.store(bounds_ptr + D + HALF, tl.max(high_half, 1).to(KEY_DTYPE), bounds_inside)
+        least_low = _bound(tl.min(low_half, 1), False, OUTWARD, BOUNDS_DTYPE)
+        least_high = _bound(tl.min(high_half, 1), False, OUTWARD, BOUNDS_DTYPE)
+        most_low = _bound(tl.max(low_half, 1), True, OUTWARD, BOUNDS_DTYPE)
+        most_high = _bound(tl.max(high_half, 1), True, OUTWARD, BOUNDS_DTYPE)
+        tl.store(bounds_ptr, least_low, bounds_inside)
+        tl.store(bounds_ptr + HALF, least_high, bounds_inside)
+        tl.store(bounds_ptr + D, most_low, bounds_inside)
+        tl.store(bounds_ptr + D + HALF, most_high, bounds_inside)
 
         if HAS_CODES:
             infinity = float("inf")
@@ -188,7 +215,8 @@ def seal_pages(
             float32, float16, bfloat16 or float8_e4m3fn. Only the first is looked at, for its
             shape; the kernel reads through `key_pointers`.
         key_pointers: [L] int64 on the device, see `layer_pointers`.
-        min_max: [L, P, HK, 2, D] in the dtype of the keys, written.
+        min_max: [L, P, HK, 2, D], written; in the dtype of the keys, or in float8_e4m3fn, rounded
+            outward.
         codes: [L, P, HK, PS, D // 2] uint8 and scale_zero: [L, P, HK, PS, 2] float16, written;
             both None when only the bounds are wanted.
         page_ids: [>= num_page_ids] int32 physical pages.
@@ -212,6 +240,8 @@ def seal_pages(
         pool_pages,
         keys.stride(1),
         KEY_DTYPE=_TRITON_DTYPES[keys.dtype],
+        BOUNDS_DTYPE=_TRITON_DTYPES[min_max.dtype],
+        OUTWARD=min_max.dtype == torch.float8_e4m3fn != keys.dtype,
         PS=page_size,
         HK=heads_kv,
         HEADS=heads,

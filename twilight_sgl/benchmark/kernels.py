@@ -64,7 +64,7 @@ def _bytes_by_stage(
     pairs = full_pages * shape.heads_kv
     logit_bytes = 0 if decode.logits is None else decode.logits.element_size()
     moved = {
-        "score": pairs * (2 * shape.dim * key_bytes + 4),
+        "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4),
         "select": pairs * 4 + candidates // shape.page_size * 12,
         "attend": kept * 2 * shape.dim * key_bytes,
     }
@@ -125,6 +125,7 @@ def measure(
         "p": plan.p[0].item(),
         "sparse": bool(plan.sparse[0]),
         "budget": selection.budget,
+        "bounds": str(cache.min_max.dtype).removeprefix("torch."),
         "layers": len(layers.caches),
         "error": error,
         "kept_to_reference": kept_ratio,
@@ -279,6 +280,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
     parser.add_argument("--p", type=float, default=0.95)
     parser.add_argument("--budget", type=float, default=0.25, help="B0, as --twilight-budget")
+    parser.add_argument(
+        "--bounds",
+        choices=("key", "fp8"),
+        default="key",
+        help="dtype of the page bounds: that of the keys, or float8 rounded outward",
+    )
     parser.add_argument("--sink-tokens", type=int, default=16)
     parser.add_argument("--recent-tokens", type=int, default=64)
     parser.add_argument("--baselines", default="fa3,sglang_triton,flashinfer")
@@ -306,6 +313,7 @@ def main(args: argparse.Namespace) -> int:
         machine["commit"] = args.commit
     bandwidth = copy_bandwidth()
     print(f"{machine['gpu']}, copy {bandwidth / 1e12:.2f} TB/s, {machine}")
+    bounds = torch.float8_e4m3fn if args.bounds == "fp8" else None
     rows: list[dict[str, object]] = []
 
     def add(result: dict[str, object]) -> None:
@@ -317,13 +325,15 @@ def main(args: argparse.Namespace) -> int:
         return Selection(page_size, args.budget, args.sink_tokens, args.recent_tokens)
 
     if args.trace:
-        shape, layers = traced_layers(str(args.trace), batch=args.trace_batch, p=args.p)
+        shape, layers = traced_layers(
+            str(args.trace), batch=args.trace_batch, p=args.p, bounds_dtype=bounds
+        )
         add(measure(shape, layers, selection(shape.page_size), bandwidth, baselines))
     else:
         for shape in SHAPES:
             if args.shapes not in shape.name:
                 continue
-            layers = planted_layers(shape, layers=_layers_for(shape), p=args.p)
+            layers = planted_layers(shape, layers=_layers_for(shape), p=args.p, bounds_dtype=bounds)
             if shape.context < DENSE_BELOW_TOKENS:
                 layers = dataclasses.replace(layers, plan=_all_dense(layers.plan))
             add(measure(shape, layers, selection(shape.page_size), bandwidth, baselines))

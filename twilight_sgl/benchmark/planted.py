@@ -72,13 +72,16 @@ def empty_layers(
 
 
 def with_summaries(
-    keys: list[torch.Tensor], values: list[torch.Tensor], plan: DecodePlan
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    plan: DecodePlan,
+    bounds_dtype: torch.dtype,
 ) -> list[LayerCache]:
-    """Seal every full page of the plan in all layers."""
+    """Seal every full page of the plan in all layers, with min/max in bounds_dtype."""
     device = keys[0].device
     pool, page_size, heads_kv, dim = keys[0].shape
     layers = len(keys)
-    min_max = torch.empty(layers, pool, heads_kv, 2, dim, dtype=keys[0].dtype, device=device)
+    min_max = torch.empty(layers, pool, heads_kv, 2, dim, dtype=bounds_dtype, device=device)
     codes = torch.empty(
         layers, pool, heads_kv, page_size, dim // 2, dtype=torch.uint8, device=device
     )
@@ -122,6 +125,7 @@ def planted_layers(
     layers: int,
     p: float,
     dtype: torch.dtype = torch.bfloat16,
+    bounds_dtype: torch.dtype | None = None,
     device: str = "cuda",
     seed: int = 0,
 ) -> Layers:
@@ -147,11 +151,17 @@ def planted_layers(
                 padded.shape, generator=generator, device=device, dtype=dtype
             ).view(-1, *values[layer].shape[1:])
         queries.append(q.flatten(1, 2).to(dtype))
-    return Layers(queries, with_summaries(keys, values, plan), plan)
+    return Layers(queries, with_summaries(keys, values, plan, bounds_dtype or dtype), plan)
 
 
 def traced_layers(
-    path: str, *, batch: int, p: float, dtype: torch.dtype = torch.bfloat16, device: str = "cuda"
+    path: str,
+    *,
+    batch: int,
+    p: float,
+    dtype: torch.dtype = torch.bfloat16,
+    bounds_dtype: torch.dtype | None = None,
+    device: str = "cuda",
 ) -> tuple[Shape, Layers]:
     """Layers from a trace of a real model.
 
@@ -176,4 +186,4 @@ def traced_layers(
             for request in range(batch):
                 pool[plan.page_ids[request].long()] = by_page
         queries.append(layer["q"].to(dtype).to(device).expand(batch, -1, -1).contiguous())
-    return shape, Layers(queries, with_summaries(keys, values, plan), plan)
+    return shape, Layers(queries, with_summaries(keys, values, plan, bounds_dtype or dtype), plan)

@@ -1,0 +1,178 @@
+"""Every pruning operator against its reference: the interpreter on the CPU, or a GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import DEVICE, Case, Drawn, check_selection, chosen_positions, draw, expected_output
+
+from twilight_sgl.attention.pipeline import LayerOutput
+from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.kernels.estimate.reference import estimate_logits
+from twilight_sgl.kernels.top_p.reference import top_p_mask
+
+AWKWARD = (1, 15, 16, 17, 0, 33, 140)
+SHORT = (65, 17)
+
+
+def decoder(case: Case, drawn: Drawn, **options: object) -> TritonDecode:
+    if DEVICE == "cpu" or case.dtype == torch.float32:
+        options.setdefault("logits_dtype", torch.float32)
+        options.setdefault("top_p_steps", 24)
+    return TritonDecode(
+        max_batch=len(case.lengths),
+        max_context=drawn.plan.page_ids.shape[1] * case.page_size,
+        heads_q=case.heads_q,
+        heads_kv=case.heads_kv,
+        dim=case.dim,
+        dim_v=case.dim_v or case.dim,
+        selection=case.selection,
+        q_dtype=case.dtype,
+        cache_dtype=case.cache_dtype or case.dtype,
+        device=DEVICE,
+        prune=case.prune,
+        **options,
+    )
+
+
+def run(case: Case, drawn: Drawn, decode: TritonDecode) -> LayerOutput:
+    return decode.run(
+        drawn.q, drawn.cache, drawn.plan, sm_scale=case.dim**-0.5, logit_cap=case.logit_cap
+    )
+
+
+CASES = [
+    Case("awkward-lengths", AWKWARD),
+    Case("g1-d128", SHORT, 2, 2, 128),
+    Case("g7-d80", SHORT, 7, 1, 80),
+    Case("g4-d128-v64", SHORT, 8, 2, 128, dim_v=64),
+    Case("g16-d96", (40,), 16, 1, 96),
+    Case("d256", (40,), 2, 1, 256),
+    Case("ps32", (31, 32, 33, 100), page_size=32),
+    Case("ps64", (63, 64, 65, 200), page_size=64),
+    Case("odd-batch-dense-row", (140, 90, 16), dense=(1,)),
+    Case("all-dense", (70, 5), dense=(0, 1)),
+    Case("padded-rows-only", (0, 0)),
+    Case("p-1", (140,), p=1.0),
+    Case("p-above-1", (140,), p=1.5),
+    Case("p-each", (140, 90, 120), p=(0.3, 1.0, 0.99)),
+    Case("budget-tokens", (140,), budget=40),
+    Case("budget-one-page", (140,), budget=0.001, sink_tokens=0, recent_tokens=0),
+    Case("budget-all", (140, 33), budget=1.0),
+    Case("forced-exceed-budget", (200,), budget=16, sink_tokens=40, recent_tokens=70),
+    Case("recent-within-page", (130,), sink_tokens=1, recent_tokens=1),
+    Case("all-equal-weights", (140,), q_scale=0.0),
+    Case("one-dominant-token", (140,), q_scale=12.0),
+    Case("soft-cap", SHORT, logit_cap=2.0, q_scale=3.0),
+    Case("exact-estimator", AWKWARD, estimator="exact"),
+    Case("no-pruner", AWKWARD, prune=False),
+    Case("bf16", (90, 17), dtype=torch.bfloat16),
+    Case("fp16", (90, 17), dtype=torch.float16),
+    Case("fp8-bounds", (140, 17), bounds_dtype=torch.float8_e4m3fn),
+    Case("fp8-cache", (90, 17), dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_pipeline_equals_reference(case: Case) -> None:
+    drawn = draw(case)
+    decode = decoder(case, drawn)
+    for buffer in (decode.scores, decode.logits, decode.out):
+        if buffer is not None:
+            buffer.fill_(float("nan"))
+    got = run(case, drawn, decode)
+    check_selection(case, drawn, decode)
+    expected = expected_output(case, drawn, chosen_positions(decode, drawn))
+    assert torch.equal(got.candidate_tokens, expected.candidate_tokens)
+    assert ((got.kept_tokens - expected.kept_tokens).abs() <= 1).all()
+    tolerance = 1e-3 if case.dtype == torch.float32 else 1e-2
+    scale = expected.output.norm().clamp(min=1e-6)
+    assert (got.output.float() - expected.output).norm() / scale < tolerance
+    out, kept = got.output.clone(), got.kept_tokens.clone()
+    again = run(case, drawn, decode)
+    assert torch.equal(again.output, out)
+    assert torch.equal(again.kept_tokens, kept)
+
+
+def test_ties_go_to_the_earlier_page() -> None:
+    case = Case("ties", (16 * 12 + 5,), budget=0.5, sink_tokens=0, recent_tokens=0)
+    drawn = draw(case)
+    # Two kinds of page only, in turn.
+    drawn.cache.min_max.fill_(0.5)
+    drawn.cache.min_max[drawn.plan.page_ids[0, ::2].long()] = 1.0
+    q = drawn.q.abs()
+    decode = decoder(case, drawn)
+    decode.run(q, drawn.cache, drawn.plan, sm_scale=0.1)
+    check_selection(case, dataclasses.replace(drawn, q=q), decode)
+    decode.run(torch.zeros_like(q), drawn.cache, drawn.plan, sm_scale=0.1)
+    positions = chosen_positions(decode, drawn)
+    assert positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 12]
+
+
+def test_scores_that_are_not_finite_pick_valid_pages() -> None:
+    case = Case("nan", (16 * 12 + 5,), budget=0.5)
+    drawn = draw(case)
+    drawn.cache.min_max[drawn.plan.page_ids[0, 3].long()] = float("nan")
+    drawn.cache.min_max[drawn.plan.page_ids[0, 5].long()] = float("inf")
+    decode = decoder(case, drawn)
+    decode.positions.fill_(-7)
+    run(case, drawn, decode)
+    for row in decode.positions[0, :, : decode.counts[0, 0]].tolist():
+        assert row == sorted(set(row)) and min(row) >= 0 and max(row) < 13
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.99, 0.99999])
+@pytest.mark.parametrize("steps", [6, 12])
+def test_kept_mass_reaches_p_and_is_minimal_to_the_tolerance(p: float, steps: int) -> None:
+    case = Case("mass", (400,), 4, 1, 64, p=p, budget=1.0, q_scale=2.0)
+    drawn = draw(case)
+    decode = decoder(case, drawn, top_p_steps=steps)
+    run(case, drawn, decode)
+    logits = decode.logits[0, :, :400].double()
+    weights = torch.softmax(logits, -1)
+    kept = logits >= decode.thresholds[0].double().unsqueeze(-1)
+    mass = (weights * kept).sum(-1)
+    assert (mass >= p - 1e-6).all()
+    width = torch.log(torch.tensor(400 / (1 - p))).item() / 2**steps
+    surely_needed = logits >= decode.thresholds[0].unsqueeze(-1) + width + 0.02 / 2**steps + 2e-4
+    assert ((weights * surely_needed).sum(-1) < p + 1e-6).all()
+
+
+def test_int4_estimate_equals_reference() -> None:
+    case = Case("estimate", (77, 130, 16), 7, 1, 80, budget=1.0, logit_cap=0.0)
+    drawn = draw(case)
+    decode = decoder(case, drawn)
+    run(case, drawn, decode)
+    cache, plan = drawn.cache, drawn.plan
+    positions = chosen_positions(decode, drawn)
+    expected = estimate_logits(
+        drawn.q,
+        cache.keys,
+        cache.codes,
+        cache.scale_zero,
+        plan.page_ids,
+        positions,
+        plan.seq_lens,
+        sm_scale=case.dim**-0.5,
+    )
+    for row, length in enumerate(case.lengths):
+        got = decode.logits[row, :, :length]
+        # Two int8 digits hold 16 bits of q.
+        assert (got - expected[row, :, :length]).abs().max() < 1e-3
+    mask = top_p_mask(expected, plan.p)
+    assert mask.any()
+
+
+def test_unsupported_shapes_say_why() -> None:
+    case = Case("bad", (40,), dim=72)
+    drawn = draw(case)
+    with pytest.raises(ValueError, match=r"head dims are one of .* got 72"):
+        decoder(case, drawn)
+
+
+def test_a_plan_too_large_is_refused() -> None:
+    case = Case("large", (40,))
+    decode = decoder(case, draw(case))
+    other = draw(Case("larger", (40, 40)))
+    with pytest.raises(ValueError, match="2 rows x 3 pages does not fit max_batch 1 x 3 pages"):
+        decode.run(other.q, other.cache, other.plan, sm_scale=1.0)
