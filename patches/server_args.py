@@ -101,7 +101,10 @@ def _refuse_unsupported(server_args: Any) -> None:
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING sizes the KV pool twice, which Twilight's "
             "summaries cannot follow; unset it"
         )
-    refuse_model(model_config(server_args))
+    model = model_config(server_args)
+    refuse_model(model)
+    if view.device == "cuda":
+        _refuse_shape(model, view.kv_cache_dtype, view.tp_size)
 
 
 def refuse_model(model: Any) -> None:
@@ -124,6 +127,32 @@ def refuse_model(model: Any) -> None:
         raise TwilightError(
             f"{model.model_path} has learned attention sinks, which Twilight does not "
             f"weigh; {remedy}"
+        )
+
+
+def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
+    """Refuse a model whose heads or types the GPU kernels do not cover."""
+    import torch
+
+    from twilight_sgl.attention.triton_pipeline import supports
+
+    fp8 = kv_cache_dtype == "fp8_e4m3"
+    heads_kv = model.get_num_kv_heads(tp_size)
+    ok, reason = supports(
+        heads_q=max(model.num_attention_heads // tp_size, heads_kv),
+        heads_kv=heads_kv,
+        dim=model.head_dim,
+        dim_v=model.v_head_dim,
+        page_size=TwilightConfig.from_environment().page_size,
+        q_dtype=model.dtype,
+        cache_dtype=torch.float8_e4m3fn if fp8 else model.dtype,
+        max_context=model.context_len,
+        device=torch.device("cuda"),
+    )
+    if not ok:
+        raise TwilightError(
+            f"{model.model_path}: Twilight's GPU kernels: {reason}; "
+            "use another --decode-attention-backend for it"
         )
 
 

@@ -11,7 +11,6 @@ PAGE = 16
 def test_eight_requests_share_a_prefix(server: Server) -> None:
     server.flush()
     before = server.twilight()["pages"]
-    assert before["sealed"] == 0
 
     prefix = prose(13000, start=120000)  # about 4k tokens
     suffixes = [f"\n\nQuestion {n}: what does section {n} say?\nAnswer:" for n in range(8)]
@@ -51,5 +50,6 @@ def test_budget_is_a_fraction_of_the_context(server: Server) -> None:
     context, candidates, kept = (
         after[key] - before[key] for key in ("context_tokens", "candidate_tokens", "kept_tokens")
     )
-    assert 0.25 <= candidates / context < 0.30
+    # whole pages are named, and the last one is not full
+    assert candidates / context == pytest.approx(0.25, abs=0.005)
     assert 0 < kept < candidates

@@ -31,7 +31,8 @@ def bodies(options: Any) -> dict[str, dict[str, Any]]:
 
 
 def test_answers_a_question(server: Server) -> None:
-    answer = server.post("/v1/chat/completions", bodies({"p": 0.9})["/v1/chat/completions"])
+    path = "/v1/chat/completions"
+    answer = server.post(path, bodies({"p": 0.9})[path] | {"max_tokens": 32})
     assert "Paris" in answer["choices"][0]["message"]["content"]
     assert answer["choices"][0]["finish_reason"] == "stop"
 
