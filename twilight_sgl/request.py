@@ -45,9 +45,7 @@ class RequestOptions:
                 f"custom_params.{KEY}.enabled must be true or false, got {enabled!r}"
             )
         if p is not None and (
-            isinstance(p, bool)
-            or not isinstance(p, (int, float))
-            or not 0 < p <= 1
+            isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p <= 1
         ):
             raise TwilightError(f"custom_params.{KEY}.p must be a number in (0, 1], got {p!r}")
         return cls(None if p is None else float(p), enabled)

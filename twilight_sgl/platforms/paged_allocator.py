@@ -9,6 +9,8 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
     """Allocates KV slots in plain PyTorch; freeing and bookkeeping stay SGLang's."""
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,
