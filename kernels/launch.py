@@ -32,16 +32,26 @@ def compute_dtype(q_dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if q_dtype == torch.bfloat16 else tl.float16
 
 
+@functools.cache
+def _dependent_launches() -> bool:
+    """Whether the GPU has programmatic dependent launches (compute capability 9)."""
+    return (
+        not is_interpreted()
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability()[0] >= 9
+    )
+
+
 def launch_options(num_warps: int, num_stages: int | None = None) -> dict[str, object]:
     """Compile and launch options of a pipeline kernel.
 
-    On a GPU kernels are launched as programmatic dependents: the next one's blocks start while
-    the last of this one's run, and `wait_for_inputs` holds them back.
+    Where the GPU can, kernels are launched as programmatic dependents: the next one's blocks
+    start while the last of this one's run, and `wait_for_inputs` holds them back.
     """
-    options: dict[str, object] = {"num_warps": num_warps, "PDL": not is_interpreted()}
+    options: dict[str, object] = {"num_warps": num_warps, "PDL": _dependent_launches()}
     if num_stages is not None:
         options["num_stages"] = num_stages
-    if not is_interpreted():
+    if _dependent_launches():
         options["launch_pdl"] = True
     return options
 

@@ -252,14 +252,16 @@ class AttendWorkspace:
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
 
 
-def _tiling(pairs: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
+def _tiling(pairs: int, columns: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
     """Tokens of a slice and of a tile, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 32, 16, 1, 4, 1
     tile = 64 if bytes_per_token <= 512 else 32
+    if pairs < 128 and columns < 4096:
+        return (64 if pairs < 32 else 128), tile, 1, 2, 4
     if pairs < 32:
-        return 64, tile, 1, 2, 4
-    return (512 if pairs >= 128 else 256), tile, 5, 4, 4
+        return 128, tile, 1, 2, 4
+    return (512 if columns < 4096 else 1024), tile, 5, 4, (4 if columns < 4096 else 3)
 
 
 def attend(
@@ -297,9 +299,9 @@ def attend(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     splits = max_splits(batch, heads_kv)
-    item, tile, stages, warps, programs = _tiling(
-        batch * heads_kv, (dim + dim_v) * key_cache.element_size()
-    )
+    pairs = batch * heads_kv
+    token_bytes = (dim + dim_v) * key_cache.element_size()
+    item, tile, stages, warps, programs = _tiling(pairs, page_ids.shape[1], token_bytes)
     _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,

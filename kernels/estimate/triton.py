@@ -265,7 +265,9 @@ def _tiling(pages: int) -> tuple[int, int, int, int, int]:
     """Tokens of a block, blocks of an item, blocks in flight, warps, programs an SM."""
     if is_interpreted():
         return 64, 2, 1, 4, 1
-    return (128, 8, 7, 4, 6) if pages >= 32768 else (128, 1, 1, 4, 8)
+    if pages >= 32768:
+        return 128, (8 if pages >= 65536 else 4), 7, 4, 6
+    return (128, 2, 3, 4, 4) if pages >= 8192 else (128, 1, 1, 4, 8)
 
 
 def estimate_logits(

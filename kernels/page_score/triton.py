@@ -72,11 +72,13 @@ def _page_score_kernel(
         tl.store(out, bound, inside)
 
 
-def _tiling(pages: int) -> tuple[int, int, int, int]:
+def _tiling(pages: int, item_bytes: int) -> tuple[int, int, int, int]:
     """Pages of a block, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 1, 4, 1
-    return (64, 3, 4, 3) if pages >= 65536 else (32, 1, 4, 8)
+    if pages < 65536:
+        return 32, 1, 4, 8
+    return (128 if item_bytes == 1 and pages >= 262144 else 64), 3, 4, 3
 
 
 def _compute_dtype(q_dtype: torch.dtype, bounds_dtype: torch.dtype) -> tl.dtype:
@@ -108,7 +110,9 @@ def page_scores(
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
-    block, stages, warps, programs = _tiling(batch * heads_kv * page_ids.shape[1])
+    block, stages, warps, programs = _tiling(
+        batch * heads_kv * page_ids.shape[1], min_max.element_size()
+    )
     _page_score_kernel[(grid_programs(q.device, programs),)](
         q,
         min_max,

@@ -8,7 +8,7 @@ from twilight_sgl.kernels.launch import grid_programs
 from twilight_sgl.kernels.seal.reference import FLOAT8_MAX, FLOAT16_MAX, INT4_LEVELS
 
 _CLAIM_BLOCK = 1024
-_TILE_ELEMENTS = 4096  # of half the channels
+_TILE_ELEMENTS = 1024  # of half the channels: what one warp holds, as more would talk
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -92,10 +92,10 @@ def claim_pages(
 
 @triton.jit
 def _codes(keys, zero, per_step, LEVELS: tl.constexpr):
-    """Nearest code, ties to even: adding 1.5 * 2**23 leaves no bits below 1."""
+    """Nearest code, ties to even: 1.5 * 2**23 more has no bits below 1 and the code in its last."""
     x = (keys - zero) * per_step
-    x = tl.minimum(tl.maximum(x, 0.0), LEVELS)
-    return ((x + 12582912.0) - 12582912.0).to(tl.int32)
+    x = tl.minimum(tl.maximum(x, 0.0), LEVELS) + 12582912.0
+    return x.to(tl.int32, bitcast=True) & 0xF
 
 
 _FLOAT8_LARGEST = tl.constexpr(FLOAT8_MAX)
@@ -154,7 +154,8 @@ def _seal_kernel(
         layer = rest % layers
         page = tl.load(page_ids_ptr + rest // layers).to(tl.int64)
         keys_ptr = tl.load(key_pointers_ptr + layer).to(tl.pointer_type(KEY_DTYPE))
-        # Tiles are [HEADS, PS, HALF_PAD]: a warp has whole heads, so nothing crosses warps.
+        keys_ptr = tl.multiple_of(keys_ptr, 16)  # else loads are not vectorised
+        # Tiles are [HEADS, PS, HALF_PAD].
         row_inside = (head < HK)[:, None, None]
         inside = row_inside & (channel < HALF)[None, None, :]
         offset = (page * PS + token)[None, :, None] * stride_slot
@@ -193,8 +194,9 @@ def _seal_kernel(
             token_row = row[:, None] * PS + token[None, :]
             codes_offset = token_row[:, :, None] * HALF + channel[None, None, :]
             tl.store(codes_ptr + codes_offset, packed.to(tl.uint8), inside)
-            tl.store(scale_zero_ptr + token_row * 2, scale, head_inside)
-            tl.store(scale_zero_ptr + token_row * 2 + 1, zero, head_inside)
+            both = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+            both |= zero.to(tl.int16, bitcast=True).to(tl.int32) << 16
+            tl.store(scale_zero_ptr + token_row, both, head_inside)
 
 
 def seal_pages(
@@ -229,11 +231,11 @@ def seal_pages(
     half_pad = triton.next_power_of_2(dim // 2)
     heads = triton.next_power_of_2(heads_kv)
     heads = max(1, min(heads, _TILE_ELEMENTS // (page_size * half_pad)))
-    _seal_kernel[(grid_programs(keys.device, 16),)](
+    _seal_kernel[(grid_programs(keys.device, 32),)](
         key_pointers,
         min_max,
         codes,
-        scale_zero,
+        None if scale_zero is None else scale_zero.view(torch.int32),  # scale low, zero high
         page_ids,
         num_page_ids,
         len(key_caches),
@@ -250,7 +252,7 @@ def seal_pages(
         LEVELS=float(INT4_LEVELS),
         F16_MAX=FLOAT16_MAX,
         HAS_CODES=codes is not None,
-        num_warps=4,
+        num_warps=1,
     )
 
 

@@ -193,6 +193,10 @@ def _select_kernel(
     tl.store(kept_tokens_ptr + pair, tokens)
 
 
+def _warps(columns_pad: int) -> int:
+    return 4 if columns_pad <= 2048 else 8 if columns_pad <= 8192 else 16
+
+
 def select_pages(
     scores: torch.Tensor,
     page_ids: torch.Tensor,
@@ -280,5 +284,5 @@ def select_pages(
         HAS_CODES=q_codes is not None,
         HAS_CHUNKS=chunk_counts is not None,
         CHUNKS_PAD=triton.next_power_of_2(num_chunks),
-        **launch_options(4 if columns_pad <= 2048 else 8 if columns_pad <= 8192 else 16),
+        **launch_options(_warps(columns_pad)),
     )

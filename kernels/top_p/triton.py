@@ -185,6 +185,10 @@ def _chunk_tokens() -> int:
     return 64 if is_interpreted() else _CHUNK_TOKENS
 
 
+def _warps(block: int) -> int:
+    return 16 if block > 8192 else 8 if block > 2048 else 4
+
+
 def top_p_thresholds(
     logits: torch.Tensor,
     p: torch.Tensor,
@@ -225,7 +229,7 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
-        **launch_options(16 if large > 8192 else 8 if large > 2048 else 4),
+        **launch_options(_warps(large)),
     )
 
 

@@ -57,6 +57,10 @@ def supports(
         return False, f"the KV cache is one of {CACHE_DTYPES}, got {cache_dtype}"
     if cache_dtype in (torch.bfloat16, torch.float16) and cache_dtype != q_dtype:
         return False, f"queries are {q_dtype}, the KV cache {cache_dtype}"
+    if cache_dtype == torch.float8_e4m3fn and not interpreted:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            return False, f"float8 needs compute capability 8.9, the GPU has {capability}"
     return True, ""
 
 
