@@ -251,7 +251,7 @@ class TritonDecode:
             sink_tokens=selection.sink_tokens,
             recent_tokens=selection.recent_tokens,
         )
-        if logits is not None and thresholds is not None:
+        if logits is not None and thresholds is not None and chunk_counts is not None:
             launches["estimate"] = lambda: estimate_logits(
                 q,
                 cache.keys,

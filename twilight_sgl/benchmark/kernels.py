@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -215,11 +216,7 @@ def measure_seal(bandwidth: float, shape: Shape, tokens: int = 32 << 10) -> dict
         )
         outputs.append(summaries)
         pointers = layer_pointers([key])
-        calls.append(
-            lambda key=key, pointers=pointers, summaries=summaries: seal_pages(
-                [key], pointers, *summaries, listed, count
-            )
-        )
+        calls.append(functools.partial(seal_pages, [key], pointers, *summaries, listed, count))
     calls[0]()
     expected = summarize(keys[0][1:])
     same = all(torch.equal(a[0, 1:], b) for a, b in zip(outputs[0], expected, strict=True))

@@ -3,7 +3,7 @@
 import importlib.metadata
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Timing:
     p80_us: float
 
 
-def time_calls(calls: list[Callable[[], object]], *, replays: int = 30) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]], *, replays: int = 30) -> Timing:
     """Time a round of calls captured in one CUDA graph, per call.
 
     Pass one call a layer, on memory of its own, so that a round reads more than the L2 cache
