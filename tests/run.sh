@@ -39,11 +39,29 @@ types() {
         --cache-dir "$OLDPWD/.mypy_cache" -p twilight_sgl)
 }
 
+show_when_done() { # PROCESS LOG
+    local status=0
+    wait "$1" || status=$?
+    cat "$2"
+    return "$status"
+}
+
 step set-up twilight_setup test
 [ "$failed" = 0 ] || finish
 bin=$TWILIGHT_VENV/bin
 step "ruff check" "$bin/ruff" check .
 step "ruff format" "$bin/ruff" format --check .
 step mypy types
-step pytest "$bin/pytest" -m "not gpu and not nightly" "$@"
+selected=(-m "not gpu and not nightly")
+if [ $# -gt 0 ]; then
+    step pytest "$bin/pytest" "${selected[@]}" "$@"
+    finish
+fi
+# Servers mostly wait for one core: the other tests run beside them, and are shown afterwards.
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+"$bin/pytest" "${selected[@]}" --ignore=tests/server >"$log" 2>&1 </dev/null &
+others=$!
+step "server tests" "$bin/pytest" "${selected[@]}" tests/server
+step "other tests" show_when_done "$others" "$log"
 finish

@@ -1,4 +1,4 @@
-"""Page summaries in Triton: claim the pages that need one, then build them, all layers at once."""
+"""Page summaries in Triton, of all layers at once."""
 
 import torch
 import triton
@@ -7,7 +7,6 @@ import triton.language as tl
 from twilight_sgl.kernels.launch import grid_programs
 from twilight_sgl.kernels.seal.reference import FLOAT8_MAX, FLOAT16_MAX, INT4_LEVELS
 
-_CLAIM_BLOCK = 1024
 _TILE_ELEMENTS = 1024  # of half the channels: what one warp holds, as more would talk
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -15,79 +14,6 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float8_e4m3fn: tl.float8e4nv,
 }
-
-
-@triton.jit
-def _claim_kernel(
-    page_ids_ptr,
-    seq_lens_ptr,
-    sparse_ptr,
-    sealed_ptr,
-    claimed_ptr,
-    num_claimed_ptr,
-    total_ptr,
-    stride_row,
-    PS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0)
-    length = tl.load(seq_lens_ptr + row)
-    full_pages = tl.where(tl.load(sparse_ptr + row) != 0, tl.maximum(length - 1, 0) // PS, 0)
-    for start in range(tl.program_id(1) * BLOCK, full_pages, tl.num_programs(1) * BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < full_pages
-        page = tl.load(page_ids_ptr + row.to(tl.int64) * stride_row + column, inside, other=0)
-        flag = tl.load(sealed_ptr + page, inside, other=1)
-        fresh = inside & (flag == 0)
-        if tl.max(fresh.to(tl.int32), 0) > 0:
-            was = tl.atomic_xchg(sealed_ptr + page, 1, fresh)
-            won = (fresh & (was == 0)).to(tl.int32)
-            count = tl.sum(won, 0)
-            first = tl.atomic_add(num_claimed_ptr, count)
-            tl.atomic_add(total_ptr, count.to(tl.int64))
-            slot = first + tl.cumsum(won, 0) - 1
-            tl.store(claimed_ptr + slot, page, won != 0)
-
-
-def claim_pages(
-    page_ids: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sparse: torch.Tensor,
-    sealed: torch.Tensor,
-    claimed_page_ids: torch.Tensor,
-    num_claimed: torch.Tensor,
-    total_claimed: torch.Tensor,
-    *,
-    page_size: int,
-) -> None:
-    """List the full pages of sparse rows that have no summary yet, each once, and mark them.
-
-    A page is full when it lies before the one that holds the newest token. Everything stays on
-    the device; the call can be captured in a CUDA graph.
-
-    Args:
-        page_ids: [B, T] int32, seq_lens: [B] int32, sparse: [B] bool: see `DecodePlan`.
-        sealed: [P] int32 flags by physical page; set to 1 for the listed pages.
-        claimed_page_ids: [P] int32, written; the order of pages in it is not defined.
-        num_claimed: [1] int32, overwritten with the pages listed by this call.
-        total_claimed: [1] int64, increased by as many.
-        page_size: PS, tokens.
-    """
-    num_claimed.zero_()
-    batch, columns = page_ids.shape
-    grid = (batch, min(8, triton.cdiv(columns, _CLAIM_BLOCK)))
-    _claim_kernel[grid](
-        page_ids,
-        seq_lens,
-        sparse,
-        sealed,
-        claimed_page_ids,
-        num_claimed,
-        total_claimed,
-        page_ids.stride(0),
-        PS=page_size,
-        BLOCK=_CLAIM_BLOCK,
-    )
 
 
 @triton.jit

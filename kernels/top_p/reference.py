@@ -26,13 +26,10 @@ def top_p_mask(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     weights = torch.where(exists, torch.exp(logits - top), 0.0)
     target = p.view(-1, 1, 1) * weights.sum(-1, keepdim=True)
     low = torch.zeros_like(top)
-    high = torch.ones_like(top)
-    for _ in range(BISECTION_STEPS):
-        middle = (low + high) / 2
-        mass = torch.where(weights >= middle, weights, 0.0).sum(-1, keepdim=True)
-        enough = mass >= target
-        low = torch.where(enough, middle, low)
-        high = torch.where(enough, high, middle)
+    for step in range(1, BISECTION_STEPS + 1):
+        middle = low + 0.5**step
+        mass = (weights * (weights >= middle)).sum(-1, keepdim=True)
+        low = torch.where(mass >= target, middle, low)
     low = torch.where(p.view(-1, 1, 1) >= 1, 0.0, low)
     return exists & (weights >= low)
 

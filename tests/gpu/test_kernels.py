@@ -15,7 +15,7 @@ from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.seal.reference import summarize
-from twilight_sgl.kernels.seal.triton import claim_pages, layer_pointers, seal_pages
+from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -188,28 +188,3 @@ def test_seal_is_bit_equal(dtype: torch.dtype, size: int, heads: int, dim: int) 
         assert torch.equal(codes[layer][pages], expected[1])
         assert torch.equal(scale_zero[layer][pages], expected[2])
     assert (codes[:, rest] == 7).all()
-
-
-def test_claim_lists_each_page_once_and_replays() -> None:
-    lengths = (5000, 17, 16, 0, 5000, 4097)
-    drawn = draw(Case("claim", lengths, dense=(5,)))
-    page_ids = drawn.plan.page_ids.clone()
-    page_ids[4] = page_ids[0]  # a shared prefix
-    pool = drawn.cache.keys.shape[0]
-    sealed = torch.zeros(pool, dtype=torch.int32, device="cuda")
-    already = page_ids[0, :7].long()
-    sealed[already] = 1
-    listed = torch.full((pool,), -1, dtype=torch.int32, device="cuda")
-    count = torch.zeros(1, dtype=torch.int32, device="cuda")
-    total = torch.zeros(1, dtype=torch.int64, device="cuda")
-    arguments = (page_ids, drawn.plan.seq_lens, drawn.plan.sparse, sealed, listed, count, total)
-    claim_pages(*arguments, page_size=16)
-    expected = set(page_ids[0, 7:312].tolist()) | {int(page_ids[1, 0])}
-    assert count.item() == len(expected) == total.item()
-    assert set(listed[: len(expected)].tolist()) == expected
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        claim_pages(*arguments, page_size=16)
-    graph.replay()
-    assert count.item() == 0 and total.item() == len(expected)

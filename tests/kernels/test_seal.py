@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import DEVICE, Case, draw
+from cases import DEVICE
 
 from twilight_sgl.kernels.seal.reference import summarize
-from twilight_sgl.kernels.seal.triton import claim_pages, layer_pointers, seal_pages
+from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
 
 def seal(keys: list[torch.Tensor], listed: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -79,36 +79,3 @@ def test_layers_must_be_alike() -> None:
     keys = [torch.zeros(3, 16, 1, 64), torch.zeros(3, 16, 2, 64)]
     with pytest.raises(ValueError, match="layer 1"):
         layer_pointers(keys)
-
-
-def claim(lengths: tuple[int, ...], **options: object) -> tuple[torch.Tensor, list[int], int]:
-    drawn = draw(Case("claim", lengths, **options))
-    pool = drawn.cache.keys.shape[0]
-    page_ids = drawn.plan.page_ids.clone()
-    if len(lengths) > 1:
-        page_ids[1, :2] = page_ids[0, :2]  # a shared prefix
-    sealed = torch.zeros(pool, dtype=torch.int32, device=DEVICE)
-    sealed[page_ids[0, 2].long()] = 1
-    listed = torch.full((pool,), -1, dtype=torch.int32, device=DEVICE)
-    count = torch.full((1,), 5, dtype=torch.int32, device=DEVICE)
-    total = torch.full((1,), 100, dtype=torch.int64, device=DEVICE)
-    arguments = (page_ids, drawn.plan.seq_lens, drawn.plan.sparse, sealed, listed, count, total)
-    claim_pages(*arguments, page_size=16)
-    got = sorted(listed[: count.item()].tolist())
-    assert total.item() == 100 + len(got)
-    assert (sealed[listed[: count.item()].long()] == 1).all()
-    claim_pages(*arguments, page_size=16)
-    assert count.item() == 0
-    return page_ids, got, pool
-
-
-def test_claims_each_full_page_once() -> None:
-    page_ids, got, _ = claim((100, 64, 16, 17, 0, 1))
-    # 100 tokens: pages 0-5 are full, page 2 has its summary; 64: pages 0-2, the last is open.
-    expected = set(page_ids[0, [0, 1, 3, 4, 5]].tolist()) | {int(page_ids[1, 2])}
-    assert got == sorted(expected | {int(page_ids[3, 0])})
-
-
-def test_dense_rows_claim_nothing() -> None:
-    _, got, _ = claim((100, 64), dense=(0, 1))
-    assert got == []

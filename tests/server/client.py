@@ -17,15 +17,32 @@ from pydoc_data.topics import topics
 from typing import Any
 
 START_SECONDS = 400
+Prompt = str | list[int]  # text or token ids
 LAUNCHER = (sys.executable, "-m", "twilight_sgl.launch_server")
 
 
 class Server:
     """A started server: `generate` and `/server_info`, and its log for when something fails."""
 
-    def __init__(self, url: str, log: Path) -> None:
+    def __init__(self, url: str, log: Path, process: subprocess.Popen[bytes]) -> None:
         self.url = url
         self.log = log
+        self._process = process
+
+    def wait(self) -> "Server":
+        """Wait until the server generates.
+
+        Raises:
+            RuntimeError: it ended or took too long; with the end of its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health_generate", timeout=30):
+                    return self
+            except OSError:
+                time.sleep(1)
+        raise RuntimeError("the server did not start:\n" + self.log.read_text()[-4000:])
 
     def post(self, path: str, body: dict[str, Any], timeout: float = 600) -> Any:
         """POST JSON; the answer's JSON, or its text where it is none."""
@@ -47,17 +64,18 @@ class Server:
             return error.code, error.read().decode()
         raise AssertionError(f"{path} accepted {body}: {answer}")
 
-    def generate(self, text: str, tokens: int, twilight: Any = None, **sampling: Any) -> Any:
+    def generate(self, prompt: Prompt, tokens: int, twilight: Any = None) -> Any:
         """Generate exactly `tokens` tokens, greedily."""
-        sampling |= {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
         if twilight is not None:
             sampling["custom_params"] = {"twilight": twilight}
-        return self.post("/generate", {"text": text, "sampling_params": sampling})
+        given = {"text": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
+        return self.post("/generate", {**given, "sampling_params": sampling})
 
-    def generate_all(self, texts: list[str], tokens: int, twilight: Any = None) -> list[Any]:
-        """Generate for all texts at the same time."""
-        with ThreadPoolExecutor(len(texts)) as pool:
-            return list(pool.map(lambda text: self.generate(text, tokens, twilight), texts))
+    def generate_all(self, prompts: Sequence[Prompt], tokens: int) -> list[Any]:
+        """Generate for all prompts at the same time."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, tokens), prompts))
 
     def twilight(self) -> dict[str, Any]:
         """Twilight's part of `/server_info`."""
@@ -80,15 +98,18 @@ class Server:
 def environment() -> dict[str, str]:
     """This process's environment for another one, less what the kernel tests set for themselves.
 
-    Threads that wait do not spin: the servers and the tests share few cores.
+    One thread a process: threads that wait for each other are slow where cores are shared.
     """
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return kept | {"PYTHONSAFEPATH": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
 def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> Iterator[Server]:
-    """Start a server on a free port, wait until it generates, and end all its processes."""
+    """Start a server on a free port, and end all its processes afterwards.
+
+    It is not ready yet: `Server.wait` is for whoever uses it first, so that two can start at once.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,9 +122,7 @@ def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> I
             env=environment(),
         )
         try:
-            server = Server(f"http://127.0.0.1:{port}", log)
-            _wait(server, process)
-            yield server
+            yield Server(f"http://127.0.0.1:{port}", log, process)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -112,19 +131,6 @@ def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> I
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(f"{server.url}/health_generate", timeout=30):
-                return
-        except OSError:
-            time.sleep(1)
-    raise RuntimeError("the server did not start:\n" + server.log.read_text()[-4000:])
 
 
 def prose(characters: int, start: int = 0) -> str:

@@ -1,28 +1,36 @@
 """Two servers for all server tests: one as users start it, one under cache pressure."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 from client import Server, running
 
+USUAL = ["--twilight-audit-interval", "8", "--twilight-min-context-tokens", "512"]
+SMALL = [
+    *("--twilight-selector-budget", "1", "--twilight-min-context-tokens", "0"),
+    *("--twilight-audit-interval", "8", "--twilight-skip-layers", "none"),
+    *("--max-total-tokens", "4608", "--schedule-conservativeness", "0.1"),
+]
+
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """Both servers, started at the same time."""
+    logs = tmp_path_factory.mktemp("servers")
+    with contextlib.ExitStack() as stack:
+        small = stack.enter_context(running(SMALL, logs / "small.log"))
+        usual = stack.enter_context(running(USUAL, logs / "usual.log"))
+        yield usual, small
+
+
+@pytest.fixture(scope="session")
+def server(servers: tuple[Server, Server]) -> Server:
     """A server with the default configuration but for an audit and shorter sparse contexts."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    flags = ["--twilight-audit-interval", "8", "--twilight-min-context-tokens", "512"]
-    with running(flags, log) as started:
-        yield started
+    return servers[0].wait()
 
 
 @pytest.fixture(scope="session")
-def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Candidates are all pages, from the first token on; the cache holds 5k tokens only."""
-    log = tmp_path_factory.mktemp("small_server") / "server.log"
-    flags = [
-        *("--twilight-selector-budget", "1", "--twilight-min-context-tokens", "0"),
-        *("--twilight-audit-interval", "8", "--twilight-skip-layers", "none"),
-        *("--max-total-tokens", "5120", "--schedule-conservativeness", "0.1"),
-    ]
-    with running(flags, log) as started:
-        yield started
+def small_server(servers: tuple[Server, Server]) -> Server:
+    """Candidates are all pages, from the first token on; the cache holds 4608 tokens only."""
+    return servers[1].wait()

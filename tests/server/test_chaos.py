@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import threading
 import time
 import urllib.request
@@ -59,18 +58,18 @@ def test_flush_between_and_under_requests(small_server: Server) -> None:
 
 
 def test_eviction_and_retraction(small_server: Server) -> None:
-    """Eight requests that grow to about 700 tokens cannot all stay in a cache of 5120."""
+    """Seven requests start with 4480 tokens together, and grow past a cache of 4608."""
     small_server.flush()
     before = small_server.twilight()
-    texts = [prose(2300, start=320000 + 5000 * n) for n in range(8)]
-    replies = small_server.generate_all(texts, 128)
-    again = small_server.generate_all(texts, 4)  # most of these prefixes were evicted
+    prompts = [[1000 * n + 7 * i % 997 for i in range(640)] for n in range(1, 8)]
+    replies = small_server.generate_all(prompts, 40)
+    again = small_server.generate_all(prompts, 4)  # some of these prefixes were evicted
     after = small_server.twilight()
-    assert all(r["meta_info"]["completion_tokens"] == 128 for r in replies)
+    assert all(r["meta_info"]["completion_tokens"] == 40 for r in replies)
     assert all(r["meta_info"]["completion_tokens"] == 4 for r in again)
     log = small_server.log.read_text()
-    assert re.search(r"retract", log, re.IGNORECASE), "the load did not make SGLang retract"
+    assert "Retract requests" in log, "the load did not make SGLang retract"
     assert after["pages"]["built"] - before["pages"]["built"] > after["pages"]["capacity"]
-    assert after["audit"]["checks"] - before["audit"]["checks"] >= 10
+    assert after["audit"]["checks"] - before["audit"]["checks"] >= 5
     assert after["audit"]["violations"] == 0
     assert "Twilight audit" not in log

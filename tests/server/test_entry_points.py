@@ -55,7 +55,7 @@ def test_sglang_serve(tmp_path: Path) -> None:
     flags += ["--decode-attention-backend", "twilight", "--twilight-p", "0.7"]
     command = [str(Path(sys.executable).with_name("sglang")), "serve"]
     with running(flags, tmp_path / "server.log", command) as server:
-        server.generate(prose(1500), 4)
+        server.wait().generate(prose(1500), 4)
         state = server.twilight()
     assert state["config"]["p"] == 0.7  # the command line wins over the file
     assert state["config"]["min_context_tokens"] == 64

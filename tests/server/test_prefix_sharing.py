@@ -12,20 +12,20 @@ def test_eight_requests_share_a_prefix(server: Server) -> None:
     server.flush()
     before = server.twilight()["pages"]
 
-    prefix = prose(13000, start=120000)  # about 4k tokens
+    prefix = prose(17500, start=120000)
     suffixes = [f"\n\nQuestion {n}: what does section {n} say?\nAnswer:" for n in range(8)]
-    first = server.generate(prefix + suffixes[0], 8)["meta_info"]
+    first = server.generate(prefix + suffixes[0], 4)["meta_info"]
     after_first = server.twilight()["pages"]
-    rest = server.generate_all([prefix + suffix for suffix in suffixes[1:]], 8)
+    rest = server.generate_all([prefix + suffix for suffix in suffixes[1:]], 4)
     after = server.twilight()["pages"]
 
     prompt, shared = first["prompt_tokens"], [r["meta_info"]["cached_tokens"] for r in rest]
-    assert prompt > 3500
+    assert prompt > 3900
     assert first["cached_tokens"] == 0
     assert all(prompt - 64 < cached < prompt for cached in shared), shared
 
-    # the last decode step sees prompt + 7 tokens as earlier ones at most
-    assert after_first["built"] - before["built"] in ((prompt + n) // PAGE for n in range(8))
+    # the last decode step sees prompt + 3 tokens as earlier ones at most
+    assert after_first["built"] - before["built"] in ((prompt + n) // PAGE for n in range(4))
     assert after_first["reused"] == before["reused"]
     prefix_pages = min(shared) // PAGE
     assert after["reused"] - before["reused"] == sum(cached // PAGE for cached in shared)
