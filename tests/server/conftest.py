@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import pytest
 from client import Server, running
 
-USUAL = ["--twilight-audit-interval", "8", "--twilight-min-context-tokens", "512"]
+USUAL = ["--twilight-audit-interval", "16", "--twilight-min-context-tokens", "512"]
 SMALL = [
     *("--twilight-selector-budget", "1", "--twilight-min-context-tokens", "0"),
-    *("--twilight-audit-interval", "8", "--twilight-skip-layers", "none"),
+    *("--twilight-audit-interval", "16", "--twilight-skip-layers", "none"),
     *("--max-total-tokens", "4608", "--schedule-conservativeness", "0.1"),
 ]
 

@@ -58,10 +58,10 @@ def test_flush_between_and_under_requests(small_server: Server) -> None:
 
 
 def test_eviction_and_retraction(small_server: Server) -> None:
-    """Seven requests start with 4480 tokens together, and grow past a cache of 4608."""
+    """Seven requests start with 4368 tokens together, and grow past a cache of 4608."""
     small_server.flush()
     before = small_server.twilight()
-    prompts = [[1000 * n + 7 * i % 997 for i in range(640)] for n in range(1, 8)]
+    prompts = [[1000 * n + 7 * i % 997 for i in range(624)] for n in range(1, 8)]
     replies = small_server.generate_all(prompts, 40)
     again = small_server.generate_all(prompts, 4)  # some of these prefixes were evicted
     after = small_server.twilight()
@@ -70,6 +70,6 @@ def test_eviction_and_retraction(small_server: Server) -> None:
     log = small_server.log.read_text()
     assert "Retract requests" in log, "the load did not make SGLang retract"
     assert after["pages"]["built"] - before["pages"]["built"] > after["pages"]["capacity"]
-    assert after["audit"]["checks"] - before["audit"]["checks"] >= 5
+    assert after["audit"]["checks"] - before["audit"]["checks"] >= 3
     assert after["audit"]["violations"] == 0
     assert "Twilight audit" not in log

@@ -60,6 +60,7 @@ def test_openai_client_streams_with_options(server: Server) -> None:
         )
 
 
+@pytest.mark.nightly
 def test_sglang_serving_benchmark(server: Server, tmp_path: Path) -> None:
     result = tmp_path / "result.jsonl"
     command = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang"]

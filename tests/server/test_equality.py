@@ -8,7 +8,7 @@ from client import Server, prose
 
 pytestmark = pytest.mark.server
 
-TOKENS = 8
+TOKENS = 6
 # characters of prompt; about 3.5 to a token, so up to 4k tokens
 LENGTHS = (20, 40, 60, 80, 100, 150, 200, 300, 400, 600, 800, 1000, 1300, 1600, 2000, 2500, 3000)
 LENGTHS += (4000, 7000, 13500)
