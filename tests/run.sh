@@ -57,11 +57,11 @@ if [ $# -gt 0 ]; then
     step pytest "$bin/pytest" "${selected[@]}" "$@"
     finish
 fi
-# Servers mostly wait for one core: the other tests run beside them, and are shown afterwards.
+# Server tests mostly wait for one core: the other tests run beside them.
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-"$bin/pytest" "${selected[@]}" --ignore=tests/server >"$log" 2>&1 </dev/null &
-others=$!
-step "server tests" "$bin/pytest" "${selected[@]}" tests/server
-step "other tests" show_when_done "$others" "$log"
+"$bin/pytest" "${selected[@]}" tests/server >"$log" 2>&1 </dev/null &
+servers=$!
+step "other tests" "$bin/pytest" "${selected[@]}" --ignore=tests/server
+step "server tests" show_when_done "$servers" "$log"
 finish

@@ -261,6 +261,7 @@ def test_summary_bytes_are_what_the_pool_allocates(key_bytes: int) -> None:
 
 def server_args(**given: Any) -> SimpleNamespace:
     values = {
+        "device": "cpu",
         "attention_backend": None,
         "prefill_attention_backend": None,
         "decode_attention_backend": "twilight",

@@ -197,6 +197,8 @@ def serve(checkout: Path) -> Iterator[Serve]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # where the tests run in the background, SIGINT is ignored, which children inherit
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout is not None
         report = json.loads(process.stdout.readline())
@@ -215,7 +217,7 @@ def serve(checkout: Path) -> Iterator[Serve]:
 def test_signal_ends_every_process(serve: Serve, number: signal.Signals) -> None:
     process, report = serve("--port", str(_free_port()))
     process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
     assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
     assert "serve.sh: line" not in errors
@@ -224,7 +226,7 @@ def test_signal_ends_every_process(serve: Serve, number: signal.Signals) -> None
 def test_stuck_server_is_killed_after_the_grace_time(serve: Serve) -> None:
     process, report = serve("--stuck", "--port", str(_free_port()), TWILIGHT_STOP_SECONDS="1")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
 
 
@@ -233,7 +235,7 @@ def test_second_signal_does_not_wait(serve: Serve) -> None:
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
     assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
 
 
@@ -250,15 +252,15 @@ def test_flags_pass_verbatim_and_readiness_is_announced(serve: Serve) -> None:
         lines += line
     assert f"curl -s http://127.0.0.1:{port}/v1/chat/completions" in lines
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=120)
 
 
 def test_server_exit_status_is_kept_and_nothing_waits(checkout: Path) -> None:
     _set_up(checkout)
     serve = checkout / "launch/serve.sh"
-    crashed = subprocess.run(["bash", serve, "--crash"], capture_output=True, timeout=20)
+    crashed = subprocess.run(["bash", serve, "--crash"], capture_output=True, timeout=120)
     assert crashed.returncode == 7
-    helped = subprocess.run(["bash", serve, "--help"], capture_output=True, text=True, timeout=20)
+    helped = subprocess.run(["bash", serve, "--help"], capture_output=True, text=True, timeout=120)
     assert (helped.returncode, helped.stdout) == (0, "every flag\n")
 
 
