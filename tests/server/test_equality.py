@@ -73,11 +73,11 @@ def test_mixed_batch_keeps_each_request_p(small_server: Server) -> None:
     """A dense, a p = 1 and a pruned request in one batch each decode as they do alone."""
     prompt = prose(3000, start=50000)
     asked = [{"enabled": False}, {"p": 1.0}, {"p": 0.3}, {"p": 0.05}]
-    alone = [small_server.generate(prompt, TOKENS, options)["output_ids"] for options in asked]
+    alone = [small_server.generate(prompt, 24, options)["output_ids"] for options in asked]
     assert alone[0] == alone[1]
     assert alone[0] != alone[3], "a tiny p changed nothing, so this prompt shows nothing"
     with ThreadPoolExecutor(len(asked)) as pool:
         together = list(
-            pool.map(lambda o: small_server.generate(prompt, TOKENS, o)["output_ids"], asked)
+            pool.map(lambda o: small_server.generate(prompt, 24, o)["output_ids"], asked)
         )
     assert together == alone
