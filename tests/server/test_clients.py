@@ -44,7 +44,7 @@ def test_openai_client_streams_with_options(server: Server) -> None:
     options: dict[str, Any] = {"custom_params": {"twilight": {"p": 0.8}}}
     chunks = client.chat.completions.create(
         model="default",
-        messages=question,  # type: ignore[arg-type]
+        messages=question,
         max_tokens=16,
         temperature=0,
         stream=True,
@@ -55,7 +55,7 @@ def test_openai_client_streams_with_options(server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match=r"custom_params\.twilight\.p"):
         client.chat.completions.create(
             model="default",
-            messages=question,  # type: ignore[arg-type]
+            messages=question,
             extra_body={"custom_params": {"twilight": {"p": 2}}},
         )
 

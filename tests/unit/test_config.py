@@ -222,4 +222,4 @@ def test_help_has_a_group_with_every_flag_and_its_default() -> None:
 
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TwilightConfig().p = 0.5  # type: ignore[misc]
+        TwilightConfig().p = 0.5
