@@ -7,11 +7,12 @@ import sys
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m twilight_sgl.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    from twilight_sgl.benchmark import kernels
+    from twilight_sgl.benchmark import kernels, record
 
-    command = commands.add_parser("kernels", help=kernels.__doc__)
-    kernels.add_arguments(command)
-    command.set_defaults(main=kernels.main)
+    for name, module in {"kernels": kernels, "record": record}.items():
+        command = commands.add_parser(name, help=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(main=module.main)
     args = parser.parse_args()
     return args.main(args)
 
