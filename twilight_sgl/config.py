@@ -16,6 +16,7 @@ from twilight_sgl.errors import TwilightError
 ENVIRONMENT_VARIABLE = "TWILIGHT_CONFIG"
 FLAG_PREFIX = "--twilight-"
 ESTIMATORS = ("int4", "exact")
+PRUNERS = ("top_p", "none")
 PAGE_SIZES = (16, 32, 64)
 
 
@@ -41,6 +42,9 @@ class TwilightConfig:
     estimator: str = _knob(
         "int4", "keys that candidates are weighed with: INT4 summaries or the exact KV cache"
     )
+    pruner: str = _knob(
+        "top_p", "what cuts the candidates: top-p, or none to attend to all of them, whatever p is"
+    )
     skip_layers: tuple[int, ...] = _knob(
         (0, 1), "layers that stay dense: comma-separated ids, or 'none'"
     )
@@ -63,6 +67,7 @@ class TwilightConfig:
         _require(0 < self.p <= 1, "p", self.p, "a number in (0, 1]")
         _require_one_of("selector", self.selector, selector_names())
         _require_one_of("estimator", self.estimator, ESTIMATORS)
+        _require_one_of("pruner", self.pruner, PRUNERS)
         budget = self.selector_budget
         _require(
             0 < budget <= 1 or (budget > 1 and budget == int(budget)),
@@ -122,6 +127,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             text += f" ({_listed(selector_names())})"
         if knob.name == "estimator":
             text += f" ({_listed(ESTIMATORS)})"
+        if knob.name == "pruner":
+            text += f" ({_listed(PRUNERS)})"
         group.add_argument(
             flag_of(knob.name),
             metavar=knob.name.split("_")[-1].upper(),

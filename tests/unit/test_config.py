@@ -17,6 +17,7 @@ OTHER_VALUES = {
     "p": 0.5,
     "selector_budget": 1024.0,
     "estimator": "exact",
+    "pruner": "none",
     "skip_layers": (2, 5),
     "sink_tokens": 0,
     "recent_tokens": 128,
@@ -39,6 +40,8 @@ WRONG = [
     ("selector_budget", 100.5),
     ("selector_budget", float("inf")),
     ("estimator", "int2"),
+    ("pruner", "top_k"),
+    ("pruner", None),
     ("skip_layers", "0,one"),
     ("skip_layers", "-1"),
     ("skip_layers", [0, True]),
@@ -216,6 +219,7 @@ def test_help_has_a_group_with_every_flag_and_its_default() -> None:
     assert text.count("(default: ") == len(FIELDS)
     assert "(quest) (default: quest)" in text
     assert "(int4, exact) (default: int4)" in text
+    assert "(top_p, none) (default: top_p)" in text
     assert group.description is not None
     assert "--decode-attention-backend twilight" in group.description
 

@@ -209,6 +209,23 @@ def test_selected_pages_are_the_only_candidates(kept: list) -> None:
     assert [len(mine) for mine in kept[0][0]] == [10 * PS] * 2
 
 
+@pytest.mark.parametrize("group", [1, 3], ids=["G1", "G3"])
+def test_without_a_pruner_every_candidate_is_kept(kept: list, group: int) -> None:
+    """Whatever p is, and with no INT4 keys to read: as p = 1 keeps them."""
+    lengths = (40 * PS + 5, 0, PS)
+    selection = replace(HALF, budget=10 * PS)
+    all_mass = Step.draw(lengths, group=group, p=1.0).run(selection)
+    kept_by_all_mass = [list(heads) for heads in kept[0]]
+    step = Step.draw(lengths, group=group, p=0.1)
+    blind = replace(step, cache=replace(step.cache, codes=None, scale_zero=None))
+    result = blind.run(replace(selection, pruner="none"))
+    assert kept[0] == kept_by_all_mass
+    assert torch.equal(result.kept_tokens, all_mass.kept_tokens)
+    assert torch.equal(result.candidate_tokens, result.kept_tokens)
+    assert torch.equal(result.output, all_mass.output)
+    assert 0 < int(result.kept_tokens[0].max()) < lengths[0]
+
+
 def test_dense_rows_need_no_summaries_and_no_p() -> None:
     lengths = (7 * PS + 3, 20 * PS, PS)
     step = Step.draw(lengths, p=0.1, dense=(0, 2))

@@ -54,18 +54,6 @@ def decode_reference(
         sink_tokens=selection.sink_tokens,
         recent_tokens=selection.recent_tokens,
     )
-    exact = selection.estimator == "exact"
-    logits = estimate_logits(
-        q,
-        cache.keys,
-        None if exact else cache.codes,
-        None if exact else cache.scale_zero,
-        plan.page_ids,
-        positions,
-        plan.seq_lens,
-        sm_scale=sm_scale,
-        logit_cap=logit_cap,
-    )
     token_slots, token_positions = candidate_tokens(
         plan.page_ids, positions, plan.seq_lens, selection.page_size
     )
@@ -76,7 +64,22 @@ def decode_reference(
         sink_tokens=selection.sink_tokens,
         recent_tokens=selection.recent_tokens,
     )
-    mask = top_p_mask(logits, plan.p)
+    if selection.pruner == "none":
+        mask = (token_positions >= 0).repeat_interleave(q.shape[1] // token_positions.shape[1], 1)
+    else:
+        exact = selection.estimator == "exact"
+        logits = estimate_logits(
+            q,
+            cache.keys,
+            None if exact else cache.codes,
+            None if exact else cache.scale_zero,
+            plan.page_ids,
+            positions,
+            plan.seq_lens,
+            sm_scale=sm_scale,
+            logit_cap=logit_cap,
+        )
+        mask = top_p_mask(logits, plan.p)
     slots, kept = keep_union(mask, token_slots, token_positions, forced, plan.sparse)
     output = attend(
         q, cache.keys, cache.values, slots, kept, sm_scale=sm_scale, logit_cap=logit_cap

@@ -15,6 +15,7 @@ class Selection:
         sink_tokens: first tokens of a request that are always kept.
         recent_tokens: last tokens of a request that are always kept.
         estimator: `int4` or `exact`.
+        pruner: `top_p`, or `none` to attend to every candidate.
         selector: a name from `twilight_sgl.attention.selectors`.
     """
 
@@ -23,6 +24,7 @@ class Selection:
     sink_tokens: int
     recent_tokens: int
     estimator: str = "int4"
+    pruner: str = "top_p"
     selector: str = "quest"
 
 

@@ -45,6 +45,7 @@ class TwilightRuntime:
             sink_tokens=config.sink_tokens,
             recent_tokens=config.recent_tokens,
             estimator=config.estimator,
+            pruner=config.pruner,
             selector=config.selector,
         )
         self._kv_pool = kv_pool

@@ -43,7 +43,6 @@ class TritonRuntime(TwilightRuntime):
         max_context: most tokens of a request.
         heads_q, dim_v: HQ and DV of the layers that select, the same for all.
         q_dtype: dtype of the model's queries.
-        prune: False attends to all candidates.
     """
 
     def __init__(
@@ -57,11 +56,10 @@ class TritonRuntime(TwilightRuntime):
         heads_q: int,
         dim_v: int,
         q_dtype: torch.dtype,
-        prune: bool = True,
     ) -> None:
         super().__init__(config, kv_pool, layer_ids, num_request_slots)
         self._max_context = max_context
-        self._heads_q, self._dim_v, self._q_dtype, self._prune = heads_q, dim_v, q_dtype, prune
+        self._heads_q, self._dim_v, self._q_dtype = heads_q, dim_v, q_dtype
         self._caches = {layer: self.cache_of(layer) for layer in layer_ids}
         self._keys = [self._caches[layer].keys for layer in layer_ids]
         self._key_pointers = layer_pointers(self._keys)
@@ -176,7 +174,7 @@ class TritonRuntime(TwilightRuntime):
             q_dtype=self._q_dtype,
             cache_dtype=keys.dtype,
             device=keys.device,
-            prune=self._prune,
+            prune=self.selection.pruner == "top_p",
         )
         self._buffers.append(_Buffers(max_batch, decode.columns, len(self._keys), heads_kv, decode))
         return self._buffers[-1]
