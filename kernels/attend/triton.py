@@ -19,15 +19,16 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
+MOST_PARTS = 32  # programs of the one-launch pipeline that share a (request, KV head)
 
 
 @triton.jit
-def _merge(
+def merge_partials(
     partial_ptr,
     partial_stats_ptr,
     out_ptr,
-    pair,
+    first,
     splits,
     stride_out_head,
     SPLITS: tl.constexpr,
@@ -37,10 +38,10 @@ def _merge(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
 ):
-    """Combine the partial results of one (request, KV head), always in the same order."""
+    """Combine `splits` <= SPLITS partial results from `first` on, always in the same order."""
     split = tl.arange(0, SPLITS)
     head = tl.arange(0, G_ROWS)
-    stats_ptr = partial_stats_ptr + (pair * SPLITS + split)[:, None] * (2 * G_ROWS) + head[None, :]
+    stats_ptr = partial_stats_ptr + (first + split)[:, None] * (2 * G_ROWS) + head[None, :]
     there = (split < splits)[:, None] & (head < G)[None, :]
     most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")  # [SPLITS, G_ROWS]
     sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
@@ -51,13 +52,13 @@ def _merge(
     out = tl.zeros([G_ROWS, DV_PAD], tl.float32)
     for start in range(0, splits, SPLIT_BLOCK):
         part = start + tl.arange(0, SPLIT_BLOCK)
-        part_stats = partial_stats_ptr + (pair * SPLITS + part)[:, None] * (2 * G_ROWS)
+        part_stats = partial_stats_ptr + (first + part)[:, None] * (2 * G_ROWS)
         part_there = (part < splits)[:, None] & (head < G)[None, :]
         weight = tl.load(
             part_stats + head[None, :], part_there, other=-float("inf"), cache_modifier=".cg"
         )
         weight = tl.exp2(weight - top[None, :])  # [SPLIT_BLOCK, G_ROWS]
-        values_ptr = partial_ptr + (pair * SPLITS + part)[:, None, None] * (G_ROWS * DV_PAD)
+        values_ptr = partial_ptr + (first + part)[:, None, None] * (G_ROWS * DV_PAD)
         values_ptr += head[None, :, None] * DV_PAD + channel[None, None, :]
         values = tl.load(
             values_ptr,
@@ -73,10 +74,132 @@ def _merge(
 
 
 @triton.jit
+def store_group(
+    out_ptr,
+    most,
+    sums,
+    acc,
+    stride_head,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
+    """Normalise what `attend_span` returned for all of a group's tokens, and store it."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, DV_PAD)
+    result = acc / tl.where(sums > 0, sums, 1.0)[:, None]
+    inside = (head[:, None] < G) & (channel[None, :] < DV)
+    out_offset = head[:, None] * stride_head + channel[None, :]
+    tl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def store_partial(
+    partial_ptr,
+    partial_stats_ptr,
+    part,
+    most,
+    sums,
+    acc,
+    G: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    G_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
+    """Store what `attend_span` returned for some of a group's tokens as partial result `part`."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, DV_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < DV)
+    offset = head[:, None] * DV_PAD + channel[None, :]
+    tl.store(partial_ptr + part * (G_ROWS * DV_PAD) + offset, acc, inside)
+    stats_ptr = partial_stats_ptr + part * (2 * G_ROWS) + head
+    tl.store(stats_ptr, most, head < G)
+    tl.store(stats_ptr + G_ROWS, sums, head < G)
+
+
+@triton.jit
 def _slice_tokens(tokens, ITEM: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
     """Tokens of one slice: ITEM, or more where that would give over SPLITS slices."""
     least = (tokens + SPLITS - 1) // SPLITS
     return tl.maximum((least + TILE - 1) // TILE * TILE, ITEM)
+
+
+@triton.jit
+def attend_span(
+    q_group_ptr,
+    keys_head_ptr,
+    values_head_ptr,
+    list_ptr,
+    start,
+    end,
+    by_token,
+    stride_q_head,
+    stride_key_slot,
+    stride_value_slot,
+    sm_scale,
+    logit_cap,
+    LOG2E: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention of a group over the listed tokens from start to below end, not yet normalised.
+
+    Args:
+        list_ptr: token slots where by_token, else physical pages.
+    Returns:
+        [G_PAD] largest logit in units of log 2, [G_PAD] sum of weights relative to it, and
+        [G_PAD, DV_PAD] weighted sum of values; float32.
+    """
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, D_PAD)
+    value_channel = tl.arange(0, DV_PAD)
+    tile_token = tl.arange(0, TILE)
+    shrink = tl.where(by_token, 1, PS)
+    q = tl.load(
+        q_group_ptr + head[:, None] * stride_q_head + channel[None, :],
+        (head[:, None] < G) & (channel[None, :] < D),
+        other=0.0,
+    ).to(COMPUTE)
+    most = tl.full([G_PAD], -float("inf"), tl.float32)
+    sums = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
+        token = first + tile_token
+        valid = token < end
+        listed = tl.load(list_ptr + token // shrink, valid, other=0).to(tl.int64)
+        slot = tl.where(by_token, listed, listed * PS + token % PS)
+        keys = tl.load(
+            keys_head_ptr + slot[:, None] * stride_key_slot + channel[None, :],
+            valid[:, None] & (channel[None, :] < D),
+            other=0.0,
+        )
+        values = tl.load(
+            values_head_ptr + slot[:, None] * stride_value_slot + value_channel[None, :],
+            valid[:, None] & (value_channel[None, :] < DV),
+            other=0.0,
+        )
+        scores = tl.dot(q, tl.trans(keys.to(COMPUTE)), input_precision="ieee") * sm_scale
+        scores = soft_cap_logits(scores, logit_cap, HAS_CAP) * LOG2E
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_most[:, None])
+        decay = tl.exp2(most - new_most)
+        sums = sums * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(COMPUTE), values.to(COMPUTE), acc, input_precision="ieee")
+        most = new_most
+    return most, sums, acc
 
 
 @triton.jit
@@ -132,10 +255,6 @@ def _attend_kernel(
     slices = _slice_tokens(all_tokens, ITEM, SPLITS, TILE)
     slices = (all_tokens + slices - 1) // slices
     ends = tl.cumsum(slices, 0)
-    head = tl.arange(0, G_PAD)
-    channel = tl.arange(0, D_PAD)
-    value_channel = tl.arange(0, DV_PAD)
-    tile_token = tl.arange(0, TILE)
     for item in range(tl.program_id(0), tl.sum(slices, 0), tl.num_programs(0)):
         before = ends <= item
         pair = tl.sum(before.to(tl.int32), 0)
@@ -152,68 +271,58 @@ def _attend_kernel(
         list_ptr = lists_ptr + pair * stride_list
         if tl.load(sparse_ptr + row64) == 0:
             list_ptr = page_ids_ptr + row64 * stride_page_ids
-        shrink = tl.where(by_token, 1, PS)
-        q = tl.load(
-            q_ptr
-            + row64 * stride_q_row
-            + (head_kv * G + head)[:, None] * stride_q_head
-            + channel[None, :],
-            (head[:, None] < G) & (channel[None, :] < D),
-            other=0.0,
-        ).to(COMPUTE)
-        keys_head_ptr = keys_ptr + head_kv * stride_key_head
-        values_head_ptr = values_ptr + head_kv * stride_value_head
-        most = tl.full([G_PAD], -float("inf"), tl.float32)
-        sums = tl.zeros([G_PAD], tl.float32)
-        acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
-        for first in tl.range(start, end, TILE, num_stages=STAGES):
-            token = first + tile_token
-            valid = token < end
-            listed = tl.load(list_ptr + token // shrink, valid, other=0).to(tl.int64)
-            slot = tl.where(by_token, listed, listed * PS + token % PS)
-            keys = tl.load(
-                keys_head_ptr + slot[:, None] * stride_key_slot + channel[None, :],
-                valid[:, None] & (channel[None, :] < D),
-                other=0.0,
-            )
-            values = tl.load(
-                values_head_ptr + slot[:, None] * stride_value_slot + value_channel[None, :],
-                valid[:, None] & (value_channel[None, :] < DV),
-                other=0.0,
-            )
-            scores = tl.dot(q, tl.trans(keys.to(COMPUTE)), input_precision="ieee") * sm_scale
-            scores = soft_cap_logits(scores, logit_cap, HAS_CAP) * LOG2E
-            scores = tl.where(valid[None, :], scores, -float("inf"))
-            new_most = tl.maximum(most, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_most[:, None])
-            decay = tl.exp2(most - new_most)
-            sums = sums * decay + tl.sum(weights, 1)
-            acc = acc * decay[:, None]
-            acc = tl.dot(weights.to(COMPUTE), values.to(COMPUTE), acc, input_precision="ieee")
-            most = new_most
-        inside_out = (head[:, None] < G) & (value_channel[None, :] < DV)
+        most, sums, acc = attend_span(
+            q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
+            keys_ptr + head_kv * stride_key_head,
+            values_ptr + head_kv * stride_value_head,
+            list_ptr,
+            start,
+            end,
+            by_token,
+            stride_q_head,
+            stride_key_slot,
+            stride_value_slot,
+            sm_scale,
+            logit_cap,
+            LOG2E,
+            HAS_CAP,
+            COMPUTE,
+            G,
+            G_PAD,
+            D,
+            D_PAD,
+            DV,
+            DV_PAD,
+            PS,
+            TILE,
+            STAGES,
+        )
         out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
         if splits == 1:
-            result = acc / tl.where(sums > 0, sums, 1.0)[:, None]
-            out_offset = head[:, None] * stride_out_head + value_channel[None, :]
-            result = result.to(out_ptr.dtype.element_ty)
-            tl.store(out_group_ptr + out_offset, result, inside_out)
+            store_group(out_group_ptr, most, sums, acc, stride_out_head, G, G_PAD, DV, DV_PAD)
         else:
-            part = pair * SPLITS + split
-            offset = head[:, None] * DV_PAD + value_channel[None, :]
-            tl.store(partial_ptr + part * (G_ROWS * DV_PAD) + offset, acc, inside_out)
-            stats_ptr = partial_stats_ptr + part * (2 * G_ROWS) + head
-            tl.store(stats_ptr, most, head < G)
-            tl.store(stats_ptr + G_ROWS, sums, head < G)
+            store_partial(
+                partial_ptr,
+                partial_stats_ptr,
+                pair * SPLITS + split,
+                most,
+                sums,
+                acc,
+                G,
+                G_ROWS,
+                G_PAD,
+                DV,
+                DV_PAD,
+            )
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel")
             if arrived == splits - 1:
                 tl.debug_barrier()
-                _merge(
+                merge_partials(
                     partial_ptr,
                     partial_stats_ptr,
                     out_group_ptr,
-                    pair,
+                    pair * SPLITS,
                     splits,
                     stride_out_head,
                     SPLITS,
@@ -246,6 +355,7 @@ class AttendWorkspace:
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
         slices = max(b * max_splits(b, heads_kv) for b in range(1, max_batch + 1)) * heads_kv
+        slices = max(slices, grid_programs(device, 2))  # of the one-launch pipeline
         padded = triton.next_power_of_2(dim_v)
         self.partial = torch.empty(slices * rows * padded, dtype=torch.float32, device=device)
         self.partial_stats = torch.empty(slices * 2 * rows, dtype=torch.float32, device=device)
@@ -327,7 +437,7 @@ def attend(
         out.stride(1),
         sm_scale,
         logit_cap,
-        LOG2E=_LOG2E,
+        LOG2E=LOG2E,
         HAS_CAP=logit_cap != 0,
         LISTS_TOKENS=lists_tokens,
         COMPUTE=compute_dtype(q.dtype),

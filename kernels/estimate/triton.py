@@ -112,6 +112,143 @@ def _exact_logits(
 
 
 @triton.jit
+def estimate_pages(
+    q_group_ptr,
+    keys_head_ptr,
+    codes_ptr,
+    scale_zero_ptr,
+    q_codes_ptr,
+    q_scale_sum_ptr,
+    pages_ptr,
+    out_ptr,
+    head_kv,
+    first_page,
+    last_page,
+    count,
+    open_tokens,
+    stride_q_head,
+    stride_slot,
+    sm_scale,
+    logit_cap,
+    HAS_CAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    PS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PACKED_ASM: tl.constexpr,
+):
+    """Logits of a group for the candidate pages from first_page to below last_page.
+
+    Args:
+        q_group_ptr: the group's [G, D]; keys_head_ptr: the KV head's keys by slot.
+        q_codes_ptr, q_scale_sum_ptr: the group's digits, see `quantize_query`.
+        pages_ptr: the (request, KV head)'s candidates, count of them; the last is the open page,
+            which holds open_tokens.
+        out_ptr: [G_PAD, 1] pointers to each head's logits.
+    """
+    PAGES: tl.constexpr = BLOCK // PS
+    HALF: tl.constexpr = D // 2
+    head = tl.arange(0, G_PAD)
+    token = tl.arange(0, BLOCK)
+    if EXACT:
+        for start in tl.range(first_page, last_page, PAGES, num_stages=STAGES):
+            candidate = start + token // PS  # [BLOCK]
+            in_page = tl.where(candidate == count - 1, open_tokens, PS)
+            inside = (candidate < last_page) & (token % PS < in_page)
+            page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
+            logits = _exact_logits(
+                q_group_ptr,
+                keys_head_ptr,
+                page * PS + token % PS,
+                inside,
+                stride_q_head,
+                stride_slot,
+                COMPUTE,
+                G,
+                G_PAD,
+                D,
+                D_PAD,
+            )
+            logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
+            tl.store(
+                out_ptr + (start * PS + token)[None, :],
+                logits.to(out_ptr.dtype.element_ty),
+                (head[:, None] < G) & inside[None, :],
+            )
+    else:
+        channel = tl.arange(0, HALF_PAD)
+        digit_ptr = q_codes_ptr + head[:, None] * (2 * D) + channel[None, :]
+        digit_inside = (head[:, None] < G) & (channel[None, :] < HALF)
+        first_low = tl.load(digit_ptr, digit_inside, other=0, cache_modifier=".cg")
+        first_high = tl.load(digit_ptr + HALF, digit_inside, other=0, cache_modifier=".cg")
+        second_low = tl.load(digit_ptr + D, digit_inside, other=0, cache_modifier=".cg")
+        second_high = tl.load(digit_ptr + D + HALF, digit_inside, other=0, cache_modifier=".cg")
+        scale_sum_ptr = q_scale_sum_ptr + head * 2
+        q_scale = tl.load(scale_sum_ptr, head < G, other=0.0, cache_modifier=".cg") * sm_scale
+        q_sum = tl.load(scale_sum_ptr + 1, head < G, other=0.0, cache_modifier=".cg") * sm_scale
+        sealed_end = tl.minimum(last_page, count - 1)  # the last candidate is the open page
+        for start in tl.range(first_page, sealed_end, PAGES, num_stages=STAGES):
+            candidate = start + token // PS  # [BLOCK]
+            inside = candidate < sealed_end
+            page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
+            code_row = (page * HK + head_kv) * PS + token % PS
+            packed = tl.load(
+                codes_ptr + code_row[:, None] * HALF + channel[None, :],
+                inside[:, None] & (channel[None, :] < HALF),
+                other=0,
+            )
+            pair_bits = tl.load(scale_zero_ptr + code_row, inside, other=0)
+            scale = (pair_bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+            zero = (pair_bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+            low, high = _unpack(packed, PACKED_ASM)
+            low = tl.trans(low)
+            high = tl.trans(high)  # [HALF_PAD, BLOCK]
+            first = tl.dot(first_low, low, out_dtype=tl.int32)
+            first = tl.dot(first_high, high, first, out_dtype=tl.int32)
+            second = tl.dot(second_low, low, out_dtype=tl.int32)
+            second = tl.dot(second_high, high, second, out_dtype=tl.int32)
+            products = first.to(tl.float32) + second.to(tl.float32) * (1.0 / 254.0)
+            logits = products * q_scale[:, None] * scale.to(tl.float32)[None, :]
+            logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
+            logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
+            tl.store(
+                out_ptr + (start * PS + token)[None, :],
+                logits.to(out_ptr.dtype.element_ty),
+                (head[:, None] < G) & inside[None, :],
+            )
+        if last_page == count:
+            offset = tl.arange(0, PS)
+            open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
+            open_inside = offset < open_tokens
+            open_logits = _exact_logits(
+                q_group_ptr,
+                keys_head_ptr,
+                open_page * PS + offset,
+                open_inside,
+                stride_q_head,
+                stride_slot,
+                COMPUTE,
+                G,
+                G_PAD,
+                D,
+                D_PAD,
+            )
+            open_logits = soft_cap_logits(open_logits * sm_scale, logit_cap, HAS_CAP)
+            tl.store(
+                out_ptr + ((count - 1) * PS + offset)[None, :],
+                open_logits.to(out_ptr.dtype.element_ty),
+                (head[:, None] < G) & open_inside[None, :],
+            )
+
+
+@triton.jit
 def _estimate_kernel(
     q_ptr,
     keys_ptr,
@@ -149,116 +286,50 @@ def _estimate_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    PAGES: tl.constexpr = BLOCK // PS
-    HALF: tl.constexpr = D // 2
-    ITEM_PAGES: tl.constexpr = PAGES * BLOCKS
+    ITEM_PAGES: tl.constexpr = BLOCK // PS * BLOCKS
     rows = tl.arange(0, BATCH_PAD)
     counts = tl.load(counts_ptr + rows * HK, rows < batch, other=0)
     items = (counts + ITEM_PAGES - 1) // ITEM_PAGES
     ends = tl.cumsum(items, 0)
     head = tl.arange(0, G_PAD)
-    token = tl.arange(0, BLOCK)
     for item in range(tl.program_id(0), tl.sum(items, 0) * HK, tl.num_programs(0)):
         row, head_kv, block = locate_block(item, items, ends, HK)
         pair = (row * HK + head_kv).to(tl.int64)
         count = tl.load(counts_ptr + pair)
         length = tl.load(seq_lens_ptr + row)
-        open_tokens = (length - 1) % PS + 1
-        pages_ptr = candidate_page_ids_ptr + pair * width
-        q_group_ptr = q_ptr + row.to(tl.int64) * stride_q_row + head_kv * G * stride_q_head
-        keys_head_ptr = keys_ptr + head_kv * stride_key_head
-        out_ptr = logits_ptr + (pair * G + head[:, None]) * (width * PS)
         first_page = block * ITEM_PAGES
-        last_page = tl.minimum(first_page + ITEM_PAGES, count)
-        if EXACT:
-            for start in tl.range(first_page, last_page, PAGES, num_stages=STAGES):
-                candidate = start + token // PS  # [BLOCK]
-                in_page = tl.where(candidate == count - 1, open_tokens, PS)
-                inside = (candidate < last_page) & (token % PS < in_page)
-                page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
-                logits = _exact_logits(
-                    q_group_ptr,
-                    keys_head_ptr,
-                    page * PS + token % PS,
-                    inside,
-                    stride_q_head,
-                    stride_slot,
-                    COMPUTE,
-                    G,
-                    G_PAD,
-                    D,
-                    D_PAD,
-                )
-                logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
-                tl.store(
-                    out_ptr + (start * PS + token)[None, :],
-                    logits.to(logits_ptr.dtype.element_ty),
-                    (head[:, None] < G) & inside[None, :],
-                )
-        else:
-            channel = tl.arange(0, HALF_PAD)
-            digit_ptr = q_codes_ptr + (pair * G + head[:, None]) * (2 * D) + channel[None, :]
-            digit_inside = (head[:, None] < G) & (channel[None, :] < HALF)
-            first_low = tl.load(digit_ptr, digit_inside, other=0)
-            first_high = tl.load(digit_ptr + HALF, digit_inside, other=0)
-            second_low = tl.load(digit_ptr + D, digit_inside, other=0)
-            second_high = tl.load(digit_ptr + D + HALF, digit_inside, other=0)
-            scale_sum_ptr = q_scale_sum_ptr + (pair * G + head) * 2
-            q_scale = tl.load(scale_sum_ptr, head < G, other=0.0) * sm_scale
-            q_sum = tl.load(scale_sum_ptr + 1, head < G, other=0.0) * sm_scale
-            sealed_end = tl.minimum(last_page, count - 1)  # the last candidate is the open page
-            for start in tl.range(first_page, sealed_end, PAGES, num_stages=STAGES):
-                candidate = start + token // PS  # [BLOCK]
-                inside = candidate < sealed_end
-                page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
-                code_row = (page * HK + head_kv) * PS + token % PS
-                packed = tl.load(
-                    codes_ptr + code_row[:, None] * HALF + channel[None, :],
-                    inside[:, None] & (channel[None, :] < HALF),
-                    other=0,
-                )
-                pair_bits = tl.load(scale_zero_ptr + code_row, inside, other=0)
-                scale = (pair_bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
-                zero = (pair_bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-                low, high = _unpack(packed, PACKED_ASM)
-                low = tl.trans(low)
-                high = tl.trans(high)  # [HALF_PAD, BLOCK]
-                first = tl.dot(first_low, low, out_dtype=tl.int32)
-                first = tl.dot(first_high, high, first, out_dtype=tl.int32)
-                second = tl.dot(second_low, low, out_dtype=tl.int32)
-                second = tl.dot(second_high, high, second, out_dtype=tl.int32)
-                products = first.to(tl.float32) + second.to(tl.float32) * (1.0 / 254.0)
-                logits = products * q_scale[:, None] * scale.to(tl.float32)[None, :]
-                logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
-                logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
-                tl.store(
-                    out_ptr + (start * PS + token)[None, :],
-                    logits.to(logits_ptr.dtype.element_ty),
-                    (head[:, None] < G) & inside[None, :],
-                )
-            if last_page == count:
-                offset = tl.arange(0, PS)
-                open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
-                open_inside = offset < open_tokens
-                open_logits = _exact_logits(
-                    q_group_ptr,
-                    keys_head_ptr,
-                    open_page * PS + offset,
-                    open_inside,
-                    stride_q_head,
-                    stride_slot,
-                    COMPUTE,
-                    G,
-                    G_PAD,
-                    D,
-                    D_PAD,
-                )
-                open_logits = soft_cap_logits(open_logits * sm_scale, logit_cap, HAS_CAP)
-                tl.store(
-                    out_ptr + ((count - 1) * PS + offset)[None, :],
-                    open_logits.to(logits_ptr.dtype.element_ty),
-                    (head[:, None] < G) & open_inside[None, :],
-                )
+        estimate_pages(
+            q_ptr + row.to(tl.int64) * stride_q_row + head_kv * G * stride_q_head,
+            keys_ptr + head_kv * stride_key_head,
+            codes_ptr,
+            scale_zero_ptr,
+            q_codes_ptr + pair * G * (2 * D),
+            q_scale_sum_ptr + pair * G * 2,
+            candidate_page_ids_ptr + pair * width,
+            logits_ptr + (pair * G + head[:, None]) * (width * PS),
+            head_kv,
+            first_page,
+            tl.minimum(first_page + ITEM_PAGES, count),
+            count,
+            (length - 1) % PS + 1,
+            stride_q_head,
+            stride_slot,
+            sm_scale,
+            logit_cap,
+            HAS_CAP,
+            EXACT,
+            COMPUTE,
+            HK,
+            G,
+            G_PAD,
+            D,
+            D_PAD,
+            HALF_PAD,
+            PS,
+            BLOCK,
+            STAGES,
+            PACKED_ASM,
+        )
 
 
 def _tiling(pages: int) -> tuple[int, int, int, int, int]:
@@ -314,8 +385,8 @@ def estimate_logits(
         key_cache,
         codes,
         None if scale_zero is None else scale_zero.view(torch.int32),  # scale low, zero high
-        q_codes,
-        q_scale_sum,
+        q if q_codes is None else q_codes,
+        q if q_scale_sum is None else q_scale_sum,
         candidate_page_ids,
         counts,
         seq_lens,

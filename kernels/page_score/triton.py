@@ -15,6 +15,53 @@ from twilight_sgl.kernels.launch import (
 
 
 @triton.jit
+def split_by_sign(
+    q_ptr,
+    stride_head,
+    COMPUTE: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """A group's queries as their positive and negative parts, [G_PAD, D_PAD] each."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, D_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < D)
+    q = tl.load(q_ptr + head[:, None] * stride_head + channel[None, :], inside, other=0.0)
+    q = q.to(tl.float32)
+    return tl.maximum(q, 0.0).to(COMPUTE), tl.minimum(q, 0.0).to(COMPUTE)
+
+
+@triton.jit
+def bound_pages(
+    positive,
+    negative,
+    min_max_ptr,
+    page,
+    inside,
+    head_kv,
+    COMPUTE: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """[BLOCK] float32 bounds of a group's products with the keys of [BLOCK] pages."""
+    channel = tl.arange(0, D_PAD)
+    base = (page.to(tl.int64) * HK + head_kv) * (2 * D)
+    bounds_ptr = min_max_ptr + base[:, None] + channel[None, :]
+    bounds_inside = inside[:, None] & (channel[None, :] < D)
+    low = tl.load(bounds_ptr, bounds_inside, other=0.0).to(COMPUTE)  # [BLOCK, D_PAD]
+    high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
+    bound = tl.dot(positive, tl.trans(high), input_precision="ieee")
+    bound = tl.dot(negative, tl.trans(low), bound, input_precision="ieee")  # [G_PAD, BLOCK]
+    head = tl.arange(0, G_PAD)
+    return tl.max(tl.where(head[:, None] < G, bound, -float("inf")), 0)
+
+
+@triton.jit
 def _page_score_kernel(
     q_ptr,
     min_max_ptr,
@@ -46,9 +93,6 @@ def _page_score_kernel(
     full_pages = tl.where(is_sparse, tl.maximum(lengths - 1, 0) // PS, 0)
     blocks = (full_pages + BLOCK - 1) // BLOCK
     ends = tl.cumsum(blocks, 0)
-    head = tl.arange(0, G_PAD)
-    channel = tl.arange(0, D_PAD)
-    q_inside = (head[:, None] < G) & (channel[None, :] < D)
     for item in range(tl.program_id(0), tl.sum(blocks, 0) * HK, tl.num_programs(0)):
         row, head_kv, block = locate_block(item, blocks, ends, HK)
         row_pages = tl.maximum(tl.load(seq_lens_ptr + row) - 1, 0) // PS
@@ -56,18 +100,29 @@ def _page_score_kernel(
         inside = position < row_pages
         row64 = row.to(tl.int64)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, inside, other=0)
-        base = (page.to(tl.int64) * HK + head_kv) * (2 * D)
-        bounds_ptr = min_max_ptr + base[:, None] + channel[None, :]
-        bounds_inside = inside[:, None] & (channel[None, :] < D)
-        low = tl.load(bounds_ptr, bounds_inside, other=0.0).to(COMPUTE)  # [BLOCK, D_PAD]
-        high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
-        q_row = q_ptr + row64 * stride_q_row + (head_kv * G + head)[:, None] * stride_q_head
-        q = tl.load(q_row + channel[None, :], q_inside, other=0.0).to(tl.float32)
-        positive = tl.maximum(q, 0.0).to(COMPUTE)
-        negative = tl.minimum(q, 0.0).to(COMPUTE)
-        bound = tl.dot(positive, tl.trans(high), input_precision="ieee")
-        bound = tl.dot(negative, tl.trans(low), bound, input_precision="ieee")  # [G_PAD, BLOCK]
-        bound = tl.max(tl.where(head[:, None] < G, bound, -float("inf")), 0)
+        positive, negative = split_by_sign(
+            q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
+            stride_q_head,
+            COMPUTE,
+            G,
+            G_PAD,
+            D,
+            D_PAD,
+        )
+        bound = bound_pages(
+            positive,
+            negative,
+            min_max_ptr,
+            page,
+            inside,
+            head_kv,
+            COMPUTE,
+            HK,
+            G,
+            G_PAD,
+            D,
+            D_PAD,
+        )
         out = scores_ptr + (row64 * HK + head_kv) * stride_scores + position
         tl.store(out, bound, inside)
 
@@ -81,7 +136,7 @@ def _tiling(pages: int, item_bytes: int) -> tuple[int, int, int, int]:
     return (128 if item_bytes == 1 and pages >= 262144 else 64), 3, 4, 3
 
 
-def _compute_dtype(q_dtype: torch.dtype, bounds_dtype: torch.dtype) -> tl.dtype:
+def score_dtype(q_dtype: torch.dtype, bounds_dtype: torch.dtype) -> tl.dtype:
     """float16 for float8 bounds: the hardware converts to that, and it holds q as well."""
     if bounds_dtype == torch.float8_e4m3fn and q_dtype == torch.bfloat16 and not is_interpreted():
         return tl.float16
@@ -125,7 +180,7 @@ def page_scores(
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),
-        COMPUTE=_compute_dtype(q.dtype, min_max.dtype),
+        COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,
         G=heads_q // heads_kv,
         G_PAD=max(16, triton.next_power_of_2(heads_q // heads_kv)),

@@ -89,6 +89,65 @@ def _search_threshold(scores, scored, num_scored, k):
 
 
 @triton.jit
+def choose_pages(
+    scores_ptr,
+    length,
+    budget_ptr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    PS: tl.constexpr,
+    COLUMNS_PAD: tl.constexpr,
+):
+    """A sparse row's candidates for one KV head: its best pages and those always kept.
+
+    Args:
+        scores_ptr: float32 scores of the row's full pages.
+        length: tokens of the row, at least 1.
+    Returns:
+        [COLUMNS_PAD] whether each page is a candidate, and how many are.
+    """
+    position = tl.arange(0, COLUMNS_PAD)
+    pages = (length + PS - 1) // PS
+    sink_below: tl.constexpr = (SINK + PS - 1) // PS
+    recent_from = tl.maximum(length - RECENT, 0) // PS
+    exists = position < pages
+    chosen = exists & ((position < sink_below) | (position >= recent_from))
+    num_sink = tl.minimum(sink_below, pages)
+    num_forced = num_sink + pages - tl.maximum(recent_from, num_sink)
+    scored = exists & (~chosen)
+    score = tl.load(scores_ptr + position, scored, other=0.0, cache_modifier=".cg")
+    score = tl.where(score == score, score, -_LARGEST)  # keys that are not finite
+    score = tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
+    count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
+    room = count - num_forced
+    if room > 0:
+        low, high, found, above = _search_threshold(score, scored, pages - num_forced, room)
+        good = scored & (score >= low)
+        if found > room:  # of equal scores the earlier pages
+            ties = good & (score < high)
+            good = good & ((score >= high) | (tl.cumsum(ties.to(tl.int32), 0) <= room - above))
+        chosen = chosen | good
+    return chosen, count
+
+
+@triton.jit
+def zero_group(
+    out_ptr,
+    stride_head,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
+    """Zero the outputs [G, DV] of one KV head's group."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, DV_PAD)
+    zeros = tl.zeros([G_PAD, DV_PAD], out_ptr.dtype.element_ty)
+    inside = (head[:, None] < G) & (channel[None, :] < DV)
+    tl.store(out_ptr + head[:, None] * stride_head + channel[None, :], zeros, inside)
+
+
+@triton.jit
 def _select_kernel(
     scores_ptr,
     page_ids_ptr,
@@ -137,39 +196,18 @@ def _select_kernel(
     length = tl.load(seq_lens_ptr + row)
     is_sparse = tl.load(sparse_ptr + row) != 0
     if length <= 0:
-        head = tl.arange(0, G_PAD)
-        channel = tl.arange(0, DV_PAD)
-        inside = (head[:, None] < G) & (channel[None, :] < DV)
-        out = out_ptr + row64 * stride_out_row + (head_kv * G + head)[:, None] * stride_out_head
-        zeros = tl.zeros([G_PAD, DV_PAD], out_ptr.dtype.element_ty)
-        tl.store(out + channel[None, :], zeros, inside)
+        out = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
+        zero_group(out, stride_out_head, G, G_PAD, DV, DV_PAD)
     pages = (length + PS - 1) // PS
     count = 0
     tokens = tl.maximum(length, 0)
     if is_sparse & (length > 0):
+        pair_scores_ptr = scores_ptr + pair.to(tl.int64) * stride_scores
+        chosen, count = choose_pages(
+            pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
+        )
         position = tl.arange(0, COLUMNS_PAD)
-        sink_below: tl.constexpr = (SINK + PS - 1) // PS
-        recent_from = tl.maximum(length - RECENT, 0) // PS
-        exists = position < pages
-        forced = exists & ((position < sink_below) | (position >= recent_from))
-        num_sink = tl.minimum(sink_below, pages)
-        num_forced = num_sink + pages - tl.maximum(recent_from, num_sink)
-        scored = exists & (~forced)
-        score_ptr = scores_ptr + pair.to(tl.int64) * stride_scores + position
-        score = tl.load(score_ptr, scored, other=0.0)
-        score = tl.where(score == score, score, -_LARGEST)  # keys that are not finite
-        score = tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
-        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, exists, other=0)
-        count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
-        room = count - num_forced
-        chosen = forced
-        if room > 0:
-            low, high, found, above = _search_threshold(score, scored, pages - num_forced, room)
-            good = scored & (score >= low)
-            if found > room:  # of equal scores the earlier pages
-                ties = good & (score < high)
-                good = good & ((score >= high) | (tl.cumsum(ties.to(tl.int32), 0) <= room - above))
-            chosen = chosen | good
+        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, chosen, other=0)
         slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
         tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)

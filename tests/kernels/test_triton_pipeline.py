@@ -73,10 +73,11 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_pipeline_equals_reference(case: Case) -> None:
+def test_pipeline_equals_reference(case: Case, one_launch: bool) -> None:
     drawn = draw(case)
-    decode = decoder(case, drawn)
+    decode = decoder(case, drawn, one_launch=one_launch)
     for buffer in (decode.scores, decode.logits, decode.out):
         if buffer is not None:
             buffer.fill_(float("nan"))

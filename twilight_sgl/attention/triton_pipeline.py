@@ -1,4 +1,4 @@
-"""The decode pipeline of one layer in Triton: six launches, no allocation, no synchronisation."""
+"""The decode pipeline of one layer in Triton, without allocation or synchronisation."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import triton
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
+from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
 from twilight_sgl.kernels.page_score.triton import page_scores
@@ -23,6 +24,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MAX_PAGES = 32768
+MOST_PAIRS = 0  # (request, KV head)s up to which one launch is faster, read on an H100
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -80,6 +82,8 @@ class TritonDecode:
         prune: False attends to every candidate (the selector alone, no top-p).
         logits_dtype: in which estimated logits are kept; float16 rounds them to 11 bits.
         top_p_steps: halvings of the search for the threshold, see `top_p_thresholds`.
+        one_launch: whether to run `decode_layer` instead of a launch a stage; None chooses the
+            faster of the two for each batch.
 
     Raises:
         ValueError: the shape is not supported.
@@ -101,6 +105,7 @@ class TritonDecode:
         prune: bool = True,
         logits_dtype: torch.dtype = torch.float16,
         top_p_steps: int = BISECTION_STEPS,
+        one_launch: bool | None = None,
     ) -> None:
         device = torch.device(device)
         ok, reason = supports(
@@ -121,6 +126,7 @@ class TritonDecode:
         self.max_batch = max_batch
         self.columns = triton.cdiv(max_context, selection.page_size)
         self.top_p_steps = top_p_steps
+        self.one_launch = one_launch
         self._use_codes = prune and selection.estimator != "exact"
         page_size = selection.page_size
         width = max_candidate_pages(
@@ -189,6 +195,14 @@ class TritonDecode:
         batch = q.shape[0]
         return LayerOutput(out, counts[0][:batch], counts[1][:batch])
 
+    def _runs_in_one_launch(self, batch: int) -> bool:
+        """Whether a batch of this size takes `decode_layer`."""
+        if not self.prune or self.columns > MOST_COLUMNS:
+            return False
+        if self.one_launch is not None:
+            return self.one_launch
+        return batch * self.counts.shape[1] <= MOST_PAIRS
+
     def stages(
         self,
         q: torch.Tensor,
@@ -222,6 +236,39 @@ class TritonDecode:
         if self.kept_token_slots is not None:
             lists = self.kept_token_slots[:batch]
         launches: dict[str, Callable[[], None]] = {}
+        if self._runs_in_one_launch(batch) and logits is not None and thresholds is not None:
+            launches["decode"] = lambda: decode_layer(
+                q,
+                cache.keys,
+                cache.values,
+                cache.min_max,
+                cache.codes if self._use_codes else None,
+                cache.scale_zero if self._use_codes else None,
+                plan.page_ids,
+                plan.seq_lens,
+                plan.sparse,
+                plan.p,
+                self.budgets,
+                scores,
+                positions,
+                candidate_page_ids,
+                page_counts,
+                candidate_tokens,
+                kept_tokens,
+                q_codes,
+                q_scale_sum,
+                logits,
+                thresholds,
+                lists,
+                self.attend_workspace,
+                out,
+                sink_tokens=selection.sink_tokens,
+                recent_tokens=selection.recent_tokens,
+                steps=self.top_p_steps,
+                sm_scale=sm_scale,
+                logit_cap=logit_cap,
+            )
+            return launches
         launches["score"] = lambda: page_scores(
             q,
             cache.min_max,

@@ -1,0 +1,491 @@
+"""Score, select, estimate, prune and attend in one launch.
+
+A (request, KV head) is given to `parts` programs. Each scores a part of the pages; all then choose
+the same candidates, each in its own registers, and keep a stripe of them; they estimate, unite and
+attend to their stripes, and the last to finish merges the results. In between they wait for each
+other three times. The reference is `twilight_sgl.attention.pipeline.decode_reference`.
+
+Programs that wait for each other must run at the same time, so the grid never has more of them than
+the GPU holds. With one part there is no waiting, and any number of programs may run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from twilight_sgl.kernels.attend.triton import (
+    LOG2E,
+    MOST_PARTS,
+    AttendWorkspace,
+    attend_span,
+    merge_partials,
+    store_group,
+    store_partial,
+)
+from twilight_sgl.kernels.estimate.triton import estimate_pages, quantize_query
+from twilight_sgl.kernels.launch import (
+    compute_dtype,
+    grid_programs,
+    is_interpreted,
+    launch_options,
+    wait_for_inputs,
+)
+from twilight_sgl.kernels.page_score.triton import bound_pages, score_dtype, split_by_sign
+from twilight_sgl.kernels.select.triton import choose_pages, zero_group
+from twilight_sgl.kernels.top_p.triton import find_threshold, keep_any
+
+MOST_COLUMNS = 8192
+_WARPS = 8
+
+
+@triton.jit
+def _meet(arrivals_ptr, target, parts):
+    """Wait until all programs of a (request, KV head) have come here, with what they wrote."""
+    tl.debug_barrier()
+    if parts > 1:
+        seen = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
+        while seen < target:
+            seen = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _decode_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    min_max_ptr,
+    codes_ptr,
+    scale_zero_ptr,
+    page_ids_ptr,
+    seq_lens_ptr,
+    sparse_ptr,
+    p_ptr,
+    budget_ptr,
+    scores_ptr,
+    positions_ptr,
+    candidate_page_ids_ptr,
+    counts_ptr,
+    candidate_tokens_ptr,
+    kept_tokens_ptr,
+    q_codes_ptr,
+    q_scale_sum_ptr,
+    logits_ptr,
+    thresholds_ptr,
+    slots_ptr,
+    partial_ptr,
+    partial_stats_ptr,
+    arrivals_ptr,
+    out_ptr,
+    parts,
+    stride_scores,
+    width,
+    stride_page_ids,
+    stride_q_row,
+    stride_q_head,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_slot,
+    stride_value_head,
+    stride_out_row,
+    stride_out_head,
+    sm_scale,
+    logit_cap,
+    LOG2E: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    SCORE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    STEPS: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    PS: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    COLUMNS_PAD: tl.constexpr,
+    SMALL: tl.constexpr,
+    LARGE: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr,
+    SCORE_PAGES: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    ESTIMATE_TOKENS: tl.constexpr,
+    ESTIMATE_STAGES: tl.constexpr,
+    UNITE_TOKENS: tl.constexpr,
+    ATTEND_TOKENS: tl.constexpr,
+    ATTEND_STAGES: tl.constexpr,
+    PACKED_ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_inputs(PDL)
+    pair = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    row = (pair // HK).to(tl.int64)
+    head_kv = pair % HK
+    pair64 = pair.to(tl.int64)
+    length = tl.load(seq_lens_ptr + row)
+    is_sparse = (tl.load(sparse_ptr + row) != 0) & (length > 0)
+    q_group_ptr = q_ptr + row * stride_q_row + head_kv * G * stride_q_head
+    keys_head_ptr = keys_ptr + head_kv * stride_key_head
+    out_group_ptr = out_ptr + row * stride_out_row + head_kv * G * stride_out_head
+    row_page_ids_ptr = page_ids_ptr + row * stride_page_ids
+    arrivals_ptr += pair
+    if not is_sparse:
+        if part == 0:
+            tl.store(counts_ptr + pair, 0)
+            tl.store(candidate_tokens_ptr + pair, tl.maximum(length, 0))
+            tl.store(kept_tokens_ptr + pair, tl.maximum(length, 0))
+            if length <= 0:
+                zero_group(out_group_ptr, stride_out_head, G, G_ROWS, DV, DV_PAD)
+        per_part = (length + parts - 1) // parts
+        start = part * per_part
+        end = tl.minimum(start + per_part, length)
+        list_ptr = row_page_ids_ptr
+    else:
+        head = tl.arange(0, G_PAD)
+        pages_ptr = candidate_page_ids_ptr + pair64 * width
+        pair_scores_ptr = scores_ptr + pair64 * stride_scores
+        pair_logits_ptr = logits_ptr + pair64 * G * (width * PS)
+        digits_ptr = q_codes_ptr
+        scale_sum_ptr = q_scale_sum_ptr
+        if not EXACT:
+            digits_ptr += pair * G * 2 * D
+            scale_sum_ptr += pair * G * 2
+        if part == 0:
+            tl.store(kept_tokens_ptr + pair, 0)
+            if not EXACT:
+                quantize_query(
+                    q_group_ptr,
+                    digits_ptr,
+                    scale_sum_ptr,
+                    stride_q_head,
+                    G,
+                    G_ROWS,
+                    D,
+                    D_PAD,
+                )
+
+        positive, negative = split_by_sign(q_group_ptr, stride_q_head, SCORE, G, G_PAD, D, D_PAD)
+        full_pages = (length - 1) // PS
+        step = parts * SCORE_PAGES
+        for first in tl.range(part * SCORE_PAGES, full_pages, step, num_stages=SCORE_STAGES):
+            column = first + tl.arange(0, SCORE_PAGES)
+            inside = column < full_pages
+            page = tl.load(row_page_ids_ptr + column, inside, other=0)
+            bound = bound_pages(
+                positive,
+                negative,
+                min_max_ptr,
+                page,
+                inside,
+                head_kv,
+                SCORE,
+                HK,
+                G,
+                G_PAD,
+                D,
+                D_PAD,
+            )
+            tl.store(pair_scores_ptr + column, bound, inside)
+        _meet(arrivals_ptr, parts, parts)
+
+        chosen, count = choose_pages(
+            pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
+        )
+        tokens = count * PS - ((length + PS - 1) // PS * PS - length)
+        per_part = (count + parts - 1) // parts
+        first_page = part * per_part
+        last_page = tl.minimum(first_page + per_part, count)
+        position = tl.arange(0, COLUMNS_PAD)
+        rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        mine = chosen & (rank >= first_page) & (rank < last_page)
+        page_id = tl.load(row_page_ids_ptr + position, mine, other=0)
+        tl.store(pages_ptr + rank, page_id, mine)
+        tl.store(positions_ptr + pair64 * width + rank, position, mine)
+        if part == 0:
+            tl.store(counts_ptr + pair, count)
+            tl.store(candidate_tokens_ptr + pair, tokens)
+        tl.debug_barrier()
+
+        estimate_pages(
+            q_group_ptr,
+            keys_head_ptr,
+            codes_ptr,
+            scale_zero_ptr,
+            digits_ptr,
+            scale_sum_ptr,
+            pages_ptr,
+            pair_logits_ptr + head[:, None] * (width * PS),
+            head_kv,
+            first_page,
+            last_page,
+            count,
+            (length - 1) % PS + 1,
+            stride_q_head,
+            stride_key_slot,
+            sm_scale,
+            logit_cap,
+            HAS_CAP,
+            EXACT,
+            COMPUTE,
+            HK,
+            G,
+            G_PAD,
+            D,
+            D_PAD,
+            HALF_PAD,
+            PS,
+            ESTIMATE_TOKENS,
+            ESTIMATE_STAGES,
+            PACKED_ASM,
+        )
+        _meet(arrivals_ptr, 2 * parts, parts)
+
+        mass = tl.load(p_ptr + row)
+        for member in range(part, G, parts):
+            threshold = find_threshold(
+                pair_logits_ptr + member * (width * PS), tokens, mass, STEPS, SMALL, LARGE, False
+            )
+            tl.store(thresholds_ptr + pair * G + member, threshold)
+        _meet(arrivals_ptr, 3 * parts, parts)
+
+        first_token = first_page * PS
+        last_token = tl.minimum(last_page * PS, tokens)
+        list_ptr = slots_ptr + pair64 * (width * PS) + first_token
+        end = 0
+        for first in range(first_token, last_token, UNITE_TOKENS):
+            token = first + tl.arange(0, UNITE_TOKENS)
+            keep = keep_any(
+                pair_logits_ptr,
+                thresholds_ptr + pair * G,
+                token,
+                token < last_token,
+                tokens,
+                length,
+                width * PS,
+                G,
+                PS,
+                SINK,
+                RECENT,
+            )
+            kept = keep.to(tl.int32)
+            page_id = tl.load(pages_ptr + token // PS, keep, other=0)
+            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, page_id * PS + token % PS, keep)
+            end += tl.sum(kept, 0)
+        tl.atomic_add(kept_tokens_ptr + pair, end, sem="relaxed")
+        start = 0
+        tl.debug_barrier()
+
+    if length > 0:
+        most, sums, acc = attend_span(
+            q_group_ptr,
+            keys_head_ptr,
+            values_ptr + head_kv * stride_value_head,
+            list_ptr,
+            start,
+            end,
+            is_sparse,
+            stride_q_head,
+            stride_key_slot,
+            stride_value_slot,
+            sm_scale,
+            logit_cap,
+            LOG2E,
+            HAS_CAP,
+            COMPUTE,
+            G,
+            G_PAD,
+            D,
+            D_PAD,
+            DV,
+            DV_PAD,
+            PS,
+            ATTEND_TOKENS,
+            ATTEND_STAGES,
+        )
+        if parts == 1:
+            store_group(out_group_ptr, most, sums, acc, stride_out_head, G, G_PAD, DV, DV_PAD)
+        else:
+            store_partial(
+                partial_ptr,
+                partial_stats_ptr,
+                pair64 * parts + part,
+                most,
+                sums,
+                acc,
+                G,
+                G_ROWS,
+                G_PAD,
+                DV,
+                DV_PAD,
+            )
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+            if arrived == tl.where(is_sparse, 4 * parts, parts) - 1:
+                tl.debug_barrier()
+                merge_partials(
+                    partial_ptr,
+                    partial_stats_ptr,
+                    out_group_ptr,
+                    pair64 * parts,
+                    parts,
+                    stride_out_head,
+                    PARTS_PAD,
+                    PARTS_BLOCK,
+                    G,
+                    G_ROWS,
+                    DV,
+                    DV_PAD,
+                )
+                tl.store(arrivals_ptr, 0)
+
+
+def _programs_at_once(candidate_tokens: int) -> int:
+    """Programs that an SM surely holds: two, each with half the registers, for short rows."""
+    return 2 if candidate_tokens <= 8192 else 1
+
+
+def decode_parts(pairs: int, candidate_tokens: int, device: torch.device) -> int:
+    """Programs for each of `pairs` (request, KV head)s with up to candidate_tokens candidates."""
+    if is_interpreted():
+        return 1  # it runs one program at a time
+    programs = grid_programs(device, _programs_at_once(candidate_tokens))
+    return max(1, min(MOST_PARTS, programs // pairs))
+
+
+def decode_layer(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    min_max: torch.Tensor,
+    codes: torch.Tensor | None,
+    scale_zero: torch.Tensor | None,
+    page_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sparse: torch.Tensor,
+    p: torch.Tensor,
+    budgets: torch.Tensor,
+    scores: torch.Tensor,
+    positions: torch.Tensor,
+    candidate_page_ids: torch.Tensor,
+    counts: torch.Tensor,
+    candidate_tokens: torch.Tensor,
+    kept_tokens: torch.Tensor,
+    q_codes: torch.Tensor | None,
+    q_scale_sum: torch.Tensor | None,
+    logits: torch.Tensor,
+    thresholds: torch.Tensor,
+    kept_token_slots: torch.Tensor,
+    workspace: AttendWorkspace,
+    out: torch.Tensor,
+    *,
+    sink_tokens: int,
+    recent_tokens: int,
+    steps: int,
+    sm_scale: float,
+    logit_cap: float = 0.0,
+) -> None:
+    """Run the pipeline of one layer; see the operators' own functions for what tensors hold.
+
+    Args:
+        q: [B, HQ, D]; key_cache: [P, PS, HK, D]; value_cache: [P, PS, HK, DV].
+        min_max, codes, scale_zero: page summaries; codes None for the `exact` estimator.
+        page_ids, seq_lens, sparse, p: see `DecodePlan`; at most MOST_COLUMNS pages a row.
+        budgets to kept_token_slots: as for `page_scores`, `select_pages`, `estimate_logits`,
+            `top_p_thresholds` and `unite_kept`, except that kept slots are listed apart for every
+            part of the candidates.
+        workspace: as for `attend`.
+        out: [B, HQ, DV], written; zeros for rows of length 0.
+    """
+    batch, heads_q, dim = q.shape
+    page_size, heads_kv, dim_v = value_cache.shape[1:]
+    group = heads_q // heads_kv
+    rows = triton.next_power_of_2(group)
+    dim_v_pad = triton.next_power_of_2(dim_v)
+    pairs = batch * heads_kv
+    capacity = logits.shape[-1]
+    parts = decode_parts(pairs, capacity, q.device)
+    large = max(16, triton.next_power_of_2(capacity))
+    interpreted = is_interpreted()
+    _decode_kernel[(pairs * parts,)](
+        q,
+        key_cache,
+        value_cache,
+        min_max,
+        codes,
+        None if scale_zero is None else scale_zero.view(torch.int32),  # scale low, zero high
+        page_ids,
+        seq_lens,
+        sparse,
+        p,
+        budgets,
+        scores,
+        positions,
+        candidate_page_ids,
+        counts,
+        candidate_tokens,
+        kept_tokens,
+        q if q_codes is None else q_codes,
+        q if q_scale_sum is None else q_scale_sum,
+        logits,
+        thresholds,
+        kept_token_slots,
+        workspace.partial,
+        workspace.partial_stats,
+        workspace.arrivals,
+        out,
+        parts,
+        scores.stride(1),
+        positions.shape[-1],
+        page_ids.stride(0),
+        q.stride(0),
+        q.stride(1),
+        key_cache.stride(1),
+        key_cache.stride(2),
+        value_cache.stride(1),
+        value_cache.stride(2),
+        out.stride(0),
+        out.stride(1),
+        sm_scale,
+        logit_cap,
+        LOG2E=LOG2E,
+        HAS_CAP=logit_cap != 0,
+        EXACT=codes is None,
+        SCORE=score_dtype(q.dtype, min_max.dtype),
+        COMPUTE=compute_dtype(q.dtype),
+        STEPS=steps,
+        SINK=sink_tokens,
+        RECENT=max(recent_tokens, 1),
+        PS=page_size,
+        HK=heads_kv,
+        G=group,
+        G_ROWS=rows,
+        G_PAD=max(16, rows),
+        D=dim,
+        D_PAD=triton.next_power_of_2(dim),
+        HALF_PAD=max(32, triton.next_power_of_2(dim // 2)),
+        DV=dim_v,
+        DV_PAD=dim_v_pad,
+        COLUMNS_PAD=max(16, triton.next_power_of_2(page_ids.shape[1])),
+        SMALL=min(large, 8192),
+        LARGE=large,
+        PARTS_PAD=MOST_PARTS,
+        PARTS_BLOCK=min(MOST_PARTS, max(1, 16384 // (rows * dim_v_pad))),
+        SCORE_PAGES=16 if interpreted else 64,
+        SCORE_STAGES=1 if interpreted else 3,
+        ESTIMATE_TOKENS=max(64 if interpreted else 128, page_size),
+        ESTIMATE_STAGES=1 if interpreted else 5,
+        UNITE_TOKENS=64 if interpreted else 1024,
+        ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
+        ATTEND_STAGES=1 if interpreted else 5,
+        PACKED_ASM=not interpreted,
+        maxnreg=65536 // (32 * _WARPS * _programs_at_once(capacity)),
+        **launch_options(_WARPS),
+    )
