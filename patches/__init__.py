@@ -16,6 +16,8 @@ from twilight_sgl.errors import TwilightError
 
 MODULES = (
     "server_args",
+    "speculative",
+    "pinned_backends",
     "sampling_params",
     "pool_size",
     "page_release",

@@ -40,3 +40,21 @@ def resolution_method() -> str:
     from sglang.srt.server_args import ServerArgs
 
     return "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
+
+
+def declare(server_args: Any, **fields: Any) -> None:
+    """Set fields while SGLang resolves its arguments."""
+    try:
+        from sglang.srt.arg_groups.overrides import declare_resolution
+    except ImportError:  # up to 0.5.17
+        for name, value in fields.items():
+            setattr(server_args, name, value)
+    else:
+        declare_resolution(server_args, "twilight", **fields)
+
+
+def model_adjustments() -> tuple[str, str]:
+    """The function that adjusts arguments to the model's architecture, and its parameter."""
+    if resolution_method() == "resolve_once":
+        return "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments", "server_args"
+    return "sglang.srt.server_args.ServerArgs._handle_model_specific_adjustments", "self"

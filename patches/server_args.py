@@ -1,6 +1,7 @@
 """Twilight's flags on SGLang's command line, its defaults, and refusals before weights load."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,8 +10,16 @@ from twilight_sgl import config as twilight_config
 from twilight_sgl.config import PAGE_SIZES, TwilightConfig
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.patches import Patch
-from twilight_sgl.patches.compat import model_config, resolution_method, resolved, uses_twilight
+from twilight_sgl.patches.compat import (
+    attention_backend_names,
+    model_config,
+    resolution_method,
+    resolved,
+    uses_twilight,
+)
 from twilight_sgl.plugin import BACKEND
+
+logger = logging.getLogger(__name__)
 
 SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "float16", "float32", "fp8_e4m3")
@@ -25,6 +34,8 @@ REFUSED_MODES = {
     "prefill_only_disable_kv_cache": "--prefill-only-disable-kv-cache keeps no KV cache",
     "dllm_algorithm": "--dllm-algorithm decodes blocks, not tokens",
 }
+
+REMEDY = "drop the flag, or use another --decode-attention-backend"
 
 
 def _add_flags(result: Any, parser: argparse.ArgumentParser) -> None:
@@ -46,8 +57,14 @@ def _apply_defaults(server_args: Any) -> None:
                 f"--{name.replace('_', '-')} {BACKEND}: Twilight only decodes; "
                 f"use --decode-attention-backend {BACKEND}"
             )
+    if server_args.speculative_draft_attention_backend == BACKEND:
+        raise TwilightError(
+            f"--speculative-draft-attention-backend {BACKEND}: Twilight has no backend for draft "
+            "models; leave it out, and they use the prefill backend"
+        )
     if server_args.decode_attention_backend != BACKEND:
         return
+    _refuse_modes(server_args)  # before SGLang, which complains of backends it does not know
     config = TwilightConfig.from_environment()
     if server_args.page_size is None:
         server_args.page_size = config.page_size
@@ -70,29 +87,33 @@ def _refuse_unsupported(server_args: Any) -> None:
     if not uses_twilight(server_args):
         return
     view = resolved(server_args)
-    remedy = "drop the flag, or use another --decode-attention-backend"
     config = TwilightConfig.from_environment()
     if view.page_size != config.page_size:
         raise TwilightError(
             f"--page-size is {view.page_size} after SGLang's own adjustments, Twilight's "
-            f"{config.page_size}: another flag forces it; {remedy}"
+            f"{config.page_size}: another flag forces it; {REMEDY}"
         )
-    for name, reason in REFUSED_MODES.items():
-        if getattr(view, name, None):
-            raise TwilightError(f"{reason}, which Twilight cannot follow; {remedy}")
+    _refuse_modes(view)
     if getattr(view, "dcp_size", 1) > 1:
         raise TwilightError(
             f"--dcp-size {view.dcp_size} widens pages over ranks, which Twilight cannot follow; "
-            f"{remedy}"
+            f"{REMEDY}"
         )
     if view.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise TwilightError(
             f"--kv-cache-dtype {view.kv_cache_dtype}: Twilight reads {', '.join(KV_CACHE_DTYPES)}"
         )
-    if view.speculative_algorithm and view.speculative_attention_mode == "decode":
-        raise TwilightError(
-            "--speculative-attention-mode decode sends verification to Twilight, which decodes "
-            "one token a request; use --speculative-attention-mode prefill"
+    if view.speculative_algorithm:
+        if view.speculative_attention_mode == "decode":
+            raise TwilightError(
+                "--speculative-attention-mode decode sends verification to Twilight, which "
+                "decodes one token a request; use --speculative-attention-mode prefill"
+            )
+        logger.warning(
+            "Twilight is idle under speculative decoding (--speculative-algorithm %s): drafting "
+            "and verification attend densely, through %s",
+            view.speculative_algorithm,
+            attention_backend_names(server_args)[0],
         )
     from sglang.srt.environ import envs
 
@@ -105,6 +126,12 @@ def _refuse_unsupported(server_args: Any) -> None:
     refuse_model(model)
     if view.device == "cuda":
         _refuse_shape(model, view.kv_cache_dtype, view.tp_size)
+
+
+def _refuse_modes(view: Any) -> None:
+    for name, reason in REFUSED_MODES.items():
+        if getattr(view, name, None):
+            raise TwilightError(f"{reason}, which Twilight cannot follow; {REMEDY}")
 
 
 def refuse_model(model: Any) -> None:

@@ -268,6 +268,7 @@ def server_args(**given: Any) -> SimpleNamespace:
         "page_size": None,
         "kv_cache_dtype": "auto",
         "speculative_algorithm": None,
+        "speculative_draft_attention_backend": None,
         "speculative_attention_mode": "prefill",
     }
     return SimpleNamespace(**values | given)

@@ -37,6 +37,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "first_k_dense_replace": 2,
     },
+    "gpt-oss": {
+        **LLAMA,
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "head_dim": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "eagle": {**LLAMA, "architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1},
     "encoder-decoder": {
         "architectures": ["MllamaForConditionalGeneration"],
         "model_type": "mllama",
@@ -46,10 +57,55 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 TWILIGHT = ["--decode-attention-backend", "twilight"]
+# SGLang checks drafts of several tokens a step against page sizes and backends of its own.
+EAGLE = [
+    *("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", "{folder}/eagle"),
+    *("--speculative-eagle-topk", "1", "--speculative-num-steps", "2"),
+    *("--speculative-num-draft-tokens", "3"),
+]
+NGRAM = ["--speculative-algorithm", "NGRAM", "--speculative-ngram-max-bfs-breadth", "1"]
 CASES: dict[str, tuple[str, list[str], list[str]]] = {
-    "accepted": ("llama", TWILIGHT, []),
-    "page size follows": ("llama", [*TWILIGHT, "--page-size", "32"], []),
-    "not ours": ("llama", ["--page-size", "1"], []),
+    "accepted": ("llama", TWILIGHT, ["accepted"]),
+    "page size follows": ("llama", [*TWILIGHT, "--page-size", "32"], ["accepted"]),
+    "not ours": ("llama", ["--page-size", "1"], ["accepted"]),
+    "EAGLE": ("llama", [*TWILIGHT, *EAGLE], ["accepted", "drafting with torch_native", "idle"]),
+    "EAGLE beside another prefill backend": (
+        "llama",
+        [*TWILIGHT, *EAGLE, "--prefill-attention-backend", "triton"],
+        ["accepted", "drafting with triton", "idle"],
+    ),
+    "EAGLE with a draft backend": (
+        "llama",
+        [*TWILIGHT, *EAGLE, "--speculative-draft-attention-backend", "triton"],
+        ["accepted", "drafting with triton", "idle"],
+    ),
+    "EAGLE, not ours": ("llama", EAGLE, ["accepted", "drafting with None", "nothing logged"]),
+    "NGRAM": ("llama", [*TWILIGHT, *NGRAM], ["accepted", "idle"]),
+    "verification as decode, EAGLE": (
+        "llama",
+        [*TWILIGHT, *EAGLE, "--speculative-attention-mode", "decode"],
+        ["--speculative-attention-mode decode", "use --speculative-attention-mode prefill"],
+    ),
+    "verification as decode, NGRAM": (
+        "llama",
+        [*TWILIGHT, *NGRAM, "--speculative-attention-mode", "decode"],
+        ["--speculative-attention-mode decode", "use --speculative-attention-mode prefill"],
+    ),
+    "draft backend": (
+        "llama",
+        [*TWILIGHT, *EAGLE, "--speculative-draft-attention-backend", "twilight"],
+        ["--speculative-draft-attention-backend twilight", "leave it out"],
+    ),
+    "attention sinks": (
+        "gpt-oss",
+        [*TWILIGHT, "--attention-backend", "triton"],
+        ["TwilightError", "attention sinks"],
+    ),
+    "pinned backends, not ours": (
+        "gpt-oss",
+        ["--attention-backend", "triton", "--decode-attention-backend", "flashinfer"],
+        ["GptOssForCausalLM requires one of"],
+    ),
     "page size 1": ("llama", [*TWILIGHT, "--page-size", "1"], ["--page-size 1", "16, 32, 64"]),
     "two page sizes": (
         "llama",
@@ -95,17 +151,27 @@ SCRIPT = """
 import json, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
-import os
+import io, logging, os
+from sglang.srt.arg_groups.overrides import resolved_view
 from sglang.srt.server_args import prepare_server_args
+from twilight_sgl.platforms.cpu import TorchCpuPlatform
+# Only arguments are resolved here: what a GPU would accept must get past the CPU's platform.
+TorchCpuPlatform.supports_speculative_algorithm = lambda platform, algorithm: True
+ours = logging.getLogger("twilight_sgl")
+ours.propagate = False
 answers = {}
 for name, argv in json.load(open(sys.argv[1])).items():
     os.environ.pop("TWILIGHT_CONFIG", None)
+    log = io.StringIO()
+    ours.handlers = [logging.StreamHandler(log)]
     try:
         args = prepare_server_args(argv)
         if hasattr(args, "resolve_once"):
             args.resolve_once()
         args.check_server_args()
-        answers[name] = ""
+        draft = resolved_view(args).speculative_draft_attention_backend
+        logged = log.getvalue() or "nothing"
+        answers[name] = f"accepted, drafting with {draft}, {logged} logged"
     except BaseException as error:
         answers[name] = f"{type(error).__name__}: {error}"
 json.dump(answers, open(sys.argv[2], "w"))
@@ -119,7 +185,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
     argvs = {
-        name: ["--model-path", str(folder / model), *flags]
+        name: [flag.format(folder=folder) for flag in ("--model-path", f"{folder}/{model}", *flags)]
         for name, (model, flags, _) in CASES.items()
     }
     asked, answered = folder / "asked.json", folder / "answered.json"
@@ -141,7 +207,5 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES)
 def test_refusal(answers: dict[str, str], case: str) -> None:
     _, _, fragments = CASES[case]
-    if not fragments:
-        assert answers[case] == ""
     for fragment in fragments:
         assert fragment.lower() in answers[case].lower()
