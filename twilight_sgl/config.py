@@ -17,6 +17,7 @@ ENVIRONMENT_VARIABLE = "TWILIGHT_CONFIG"
 FLAG_PREFIX = "--twilight-"
 ESTIMATORS = ("int4", "exact")
 PRUNERS = ("top_p", "none")
+BOUNDS = ("keys", "float8")
 PAGE_SIZES = (16, 32, 64)
 
 
@@ -45,6 +46,9 @@ class TwilightConfig:
     pruner: str = _knob(
         "top_p", "what cuts the candidates: top-p, or none to attend to all of them, whatever p is"
     )
+    bounds: str = _knob(
+        "keys", "type of the page bounds that selection reads: that of the KV cache, or float8"
+    )
     skip_layers: tuple[int, ...] = _knob(
         (0, 1), "layers that stay dense: comma-separated ids, or 'none'"
     )
@@ -68,6 +72,7 @@ class TwilightConfig:
         _require_one_of("selector", self.selector, selector_names())
         _require_one_of("estimator", self.estimator, ESTIMATORS)
         _require_one_of("pruner", self.pruner, PRUNERS)
+        _require_one_of("bounds", self.bounds, BOUNDS)
         budget = self.selector_budget
         _require(
             0 < budget <= 1 or (budget > 1 and budget == int(budget)),
@@ -82,6 +87,11 @@ class TwilightConfig:
         _require(
             self.page_size in PAGE_SIZES, "page_size", self.page_size, _listed(map(str, PAGE_SIZES))
         )
+
+    @property
+    def keeps_int4_keys(self) -> bool:
+        """Whether page summaries hold INT4 keys: only the `int4` estimator reads them."""
+        return self.pruner == "top_p" and self.estimator == "int4"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> "TwilightConfig":
@@ -129,6 +139,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             text += f" ({_listed(ESTIMATORS)})"
         if knob.name == "pruner":
             text += f" ({_listed(PRUNERS)})"
+        if knob.name == "bounds":
+            text += f" ({_listed(BOUNDS)})"
         group.add_argument(
             flag_of(knob.name),
             metavar=knob.name.split("_")[-1].upper(),

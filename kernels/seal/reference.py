@@ -7,6 +7,17 @@ FLOAT16_MAX = 65504.0
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
+def _numbers(keys: torch.Tensor) -> torch.Tensor:
+    """Keys in float32; a NaN counts as 0, so that summaries have defined bits whatever K holds."""
+    keys = keys.float()
+    return torch.where(keys.isnan(), 0.0, keys)
+
+
+def _extremes(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest along `dim`; a zero has no sign, or its bits would follow the order."""
+    return values.amin(dim) + 0.0, values.amax(dim) + 0.0
+
+
 def quantize_int4(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize keys to asymmetric INT4 per head and token (Twilight, arXiv 2502.02770, 4.2).
 
@@ -14,18 +25,20 @@ def quantize_int4(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, so that dequantisation has no error but that of the codes.
 
     Args:
-        keys: [..., D] any float dtype, D even.
+        keys: [..., D] any float dtype, D even; NaN counts as 0.
     Returns:
         codes: [..., D // 2] uint8. Byte j holds channel j in its low nibble and channel
             j + D // 2 in its high one.
         scale_zero: [..., 2] float16, so that `key ~ code * scale + zero`.
     """
-    keys = keys.float()
+    keys = _numbers(keys)
     half = keys.shape[-1] // 2
-    low = keys.amin(-1)
+    low, high = _extremes(keys, -1)
+    span = high - low
+    span = torch.where(span.isnan(), 0.0, span)  # all of them the same infinity
     zero = low.clamp(-FLOAT16_MAX, FLOAT16_MAX).half()
     # By a tensor: CUDA divides by a Python number as a product with its reciprocal.
-    scale = (keys.amax(-1) - low) / torch.full_like(low, INT4_LEVELS)
+    scale = span / torch.full_like(low, INT4_LEVELS)
     scale = scale.clamp(max=FLOAT16_MAX).half()
     step = scale.float().unsqueeze(-1)
     step = torch.where(step > 0, step, 1.0)
@@ -45,7 +58,7 @@ def dequantize_int4(codes: torch.Tensor, scale_zero: torch.Tensor) -> torch.Tens
 def round_outward(values: torch.Tensor, *, up: bool) -> torch.Tensor:
     """Round float32 values to the next float8_e4m3fn at or above (or below) them.
 
-    Values beyond its largest, 448, become that.
+    The type has no infinity: values beyond its largest, 448, become that.
     """
     values = values.clamp(-FLOAT8_MAX, FLOAT8_MAX)
     rounded = values.to(torch.float8_e4m3fn)
@@ -59,27 +72,40 @@ def round_outward(values: torch.Tensor, *, up: bool) -> torch.Tensor:
     return torch.where(missed, moved, bits).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
+def page_bounds(keys: torch.Tensor, bounds_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Per-channel minimum and maximum of full pages (Quest, arXiv 2406.10774, 3.3).
+
+    float8_e4m3fn bounds of wider keys are rounded outward, so they still hold every key, but one
+    beyond 448: its bound is 448, too low by what is cut off. Such keys are mostly those of a
+    channel with a large offset, which pages share: cut, it leaves their order to the other
+    channels, whereas a bound of infinity would make all pages equal.
+
+    Args:
+        keys: [M, PS, HK, D] the pages' keys, any float dtype; NaN counts as 0.
+        bounds_dtype: by default that of keys.
+    Returns:
+        [M, HK, 2, D], minimum then maximum over the page's tokens.
+    """
+    dtype = bounds_dtype or keys.dtype
+    least, greatest = _extremes(_numbers(keys), 1)
+    if dtype != torch.float8_e4m3fn or keys.dtype == dtype:
+        return torch.stack((least, greatest), dim=2).to(dtype)
+    least, greatest = round_outward(least, up=False), round_outward(greatest, up=True)
+    min_max = torch.stack((least.view(torch.uint8), greatest.view(torch.uint8)), dim=2)
+    return min_max.view(dtype)
+
+
 def summarize(
     keys: torch.Tensor, bounds_dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Build the summaries of full pages.
 
     Args:
-        keys: [M, PS, HK, D] the pages' keys, any float dtype.
-        bounds_dtype: of min_max, by default that of keys; float8_e4m3fn bounds of wider keys are
-            rounded outward, so that they still hold every key (up to 448).
+        keys: [M, PS, HK, D] the pages' keys, any float dtype; NaN counts as 0.
+        bounds_dtype: of min_max, see `page_bounds`.
     Returns:
-        min_max: [M, HK, 2, D]; per-channel minimum, then maximum, over the page's tokens (Quest,
-            arXiv 2406.10774, 3.3).
+        min_max: [M, HK, 2, D], see `page_bounds`.
         codes: [M, HK, PS, D // 2] uint8, see `quantize_int4`.
         scale_zero: [M, HK, PS, 2] float16.
     """
-    by_head = keys.transpose(1, 2)
-    wide = by_head.float()
-    least, greatest = wide.amin(2), wide.amax(2)
-    if bounds_dtype == torch.float8_e4m3fn and keys.dtype != bounds_dtype:
-        least, greatest = round_outward(least, up=False), round_outward(greatest, up=True)
-        min_max = torch.stack((least.view(torch.uint8), greatest.view(torch.uint8)), dim=2)
-        return min_max.view(bounds_dtype), *quantize_int4(by_head)
-    min_max = torch.stack((least, greatest), dim=2).to(bounds_dtype or keys.dtype)
-    return min_max, *quantize_int4(by_head)
+    return page_bounds(keys, bounds_dtype), *quantize_int4(keys.transpose(1, 2))

@@ -30,6 +30,7 @@ _FLOAT8_LARGEST = tl.constexpr(FLOAT8_MAX)
 @triton.jit
 def _bound(values, UP: tl.constexpr, OUTWARD: tl.constexpr, DTYPE: tl.constexpr):
     """Convert minima or maxima to DTYPE; OUTWARD: see `reference.round_outward`."""
+    values += 0.0  # no negative zero
     if OUTWARD:
         # The magnitude cut to 3 bits behind the leading one (to a multiple of 2**-9 below
         # 2**-6) converts exactly; the next one up is the next integer.
@@ -89,6 +90,9 @@ def _seal_kernel(
         low_half = tl.load(keys_ptr + offset, inside, other=0.0).to(tl.float32)
         high_half = tl.load(keys_ptr + offset + HALF, inside, other=0.0).to(tl.float32)
 
+        low_half = tl.where(low_half == low_half, low_half, 0.0)  # NaN counts as 0
+        high_half = tl.where(high_half == high_half, high_half, 0.0)
+
         row = (layer.to(tl.int64) * pool_pages + page) * HK + head  # [HEADS]
         bounds_inside = (head < HK)[:, None] & (channel < HALF)[None, :]
         bounds_ptr = min_max_ptr + row[:, None] * (2 * D) + channel[None, :]
@@ -106,10 +110,11 @@ def _seal_kernel(
             low = tl.min(tl.where(inside, tl.minimum(low_half, high_half), infinity), 2)
             high = tl.max(tl.where(inside, tl.maximum(low_half, high_half), -infinity), 2)
             head_inside = (head < HK)[:, None] & (token >= 0)[None, :]  # [HEADS, PS]
-            low = tl.where(head_inside, low, 0.0)
-            high = tl.where(head_inside, high, 0.0)
+            low = tl.where(head_inside, low, 0.0) + 0.0
+            span = tl.where(head_inside, high, 0.0) + 0.0 - low
+            span = tl.where(span == span, span, 0.0)  # all of them the same infinity
             zero = tl.minimum(tl.maximum(low, -F16_MAX), F16_MAX).to(tl.float16)
-            scale = tl.div_rn(high - low, tl.zeros_like(low) + LEVELS)
+            scale = tl.div_rn(span, tl.zeros_like(low) + LEVELS)
             scale = tl.minimum(scale, F16_MAX).to(tl.float16)
             step = scale.to(tl.float32)
             step = tl.where(step > 0, step, 1.0)

@@ -18,6 +18,7 @@ OTHER_VALUES = {
     "selector_budget": 1024.0,
     "estimator": "exact",
     "pruner": "none",
+    "bounds": "float8",
     "skip_layers": (2, 5),
     "sink_tokens": 0,
     "recent_tokens": 128,
@@ -42,6 +43,8 @@ WRONG = [
     ("estimator", "int2"),
     ("pruner", "top_k"),
     ("pruner", None),
+    ("bounds", "int8"),
+    ("bounds", 8),
     ("skip_layers", "0,one"),
     ("skip_layers", "-1"),
     ("skip_layers", [0, True]),
@@ -220,6 +223,7 @@ def test_help_has_a_group_with_every_flag_and_its_default() -> None:
     assert "(quest) (default: quest)" in text
     assert "(int4, exact) (default: int4)" in text
     assert "(top_p, none) (default: top_p)" in text
+    assert "(keys, float8) (default: keys)" in text
     assert group.description is not None
     assert "--decode-attention-backend twilight" in group.description
 
@@ -227,3 +231,16 @@ def test_help_has_a_group_with_every_flag_and_its_default() -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TwilightConfig().p = 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, True),
+        ({"estimator": "exact"}, False),
+        ({"pruner": "none"}, False),
+        ({"pruner": "none", "estimator": "exact"}, False),
+    ],
+)
+def test_int4_keys_are_kept_for_what_reads_them(settings: dict[str, str], kept: bool) -> None:
+    assert TwilightConfig(**settings).keeps_int4_keys is kept

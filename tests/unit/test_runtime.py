@@ -10,6 +10,7 @@ from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.pages.audit import Violation
+from twilight_sgl.pages.pool import summary_bytes_per_token
 from twilight_sgl.request import RequestOptions
 
 PS = 16
@@ -229,3 +230,25 @@ def test_plan_checks_itself(name: str, wrong: torch.Tensor) -> None:
     assert DecodePlan(**fields).seq_lens.shape == (2,)
     with pytest.raises(ValueError, match=rf"DecodePlan\.{name} must be"):
         DecodePlan(**fields | {name: wrong})
+
+
+@pytest.mark.parametrize("bounds", ["keys", "float8"])
+@pytest.mark.parametrize("estimator", ["int4", "exact"])
+def test_settings_choose_what_summaries_hold(bounds: str, estimator: str) -> None:
+    server = Server(bounds=bounds, estimator=estimator)
+    pool = server.runtime.pool
+    dtype = torch.float8_e4m3fn if bounds == "float8" else torch.float32
+    assert pool.min_max.dtype == dtype
+    assert (pool.codes is None) == (pool.scale_zero is None) == (estimator == "exact")
+    per_token = summary_bytes_per_token(HEADS_KV, DIM, dtype.itemsize, PS, estimator == "int4")
+    assert pool.nbytes - pool.sealed.nbytes == per_token * len(LAYERS) * 11 * PS
+
+    plan = server.step([1, 2], [2 * PS + 5, 3 * PS + 5])
+    assert server.runtime.run_audit() == []
+    q = torch.randn(2, 2 * HEADS_KV, DIM, generator=torch.Generator().manual_seed(1))
+    cache = server.runtime.cache_of(4)
+    result = decode_reference(q, cache, plan, server.runtime.selection, sm_scale=1.0)
+    assert result.output.isfinite().all()
+    server.keys[4, 7 * PS, 0, 0] = 77.0
+    fields = ("min_max", "codes", "scale_zero") if estimator == "int4" else ("min_max",)
+    assert server.runtime.run_audit() == [Violation(7, 4, fields)]

@@ -11,7 +11,7 @@ from twilight_sgl.config import TwilightConfig
 from twilight_sgl.kernels.plan.reference import plan_rows
 from twilight_sgl.pages.audit import Violation, audit
 from twilight_sgl.pages.ledger import Ledger, RequestTable
-from twilight_sgl.pages.pool import SummaryPool
+from twilight_sgl.pages.pool import SummaryPool, bounds_dtype
 from twilight_sgl.pages.sealing import pages_needed
 from twilight_sgl.request import RequestOptions
 
@@ -57,8 +57,9 @@ class TwilightRuntime:
             page_size=config.page_size,
             heads_kv=heads_kv,
             dim=dim,
-            dtype=keys.dtype,
+            dtype=bounds_dtype(config.bounds, keys.dtype),
             device=keys.device,
+            has_codes=config.keeps_int4_keys,
         )
         self.requests = RequestTable(num_request_slots, config.p, keys.device)
         self.ledger = Ledger(self.pool, self.requests)

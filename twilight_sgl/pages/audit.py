@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.pages.pool import SummaryPool
 
 PAGES_PER_CHUNK = 1024
@@ -18,7 +17,7 @@ class Violation:
     Attributes:
         page_id: physical page.
         layer_id: layer of the model.
-        fields: which of `min_max`, `codes` and `scale_zero` differ.
+        fields: which of `min_max`, `codes` and `scale_zero`, of those that are kept, differ.
     """
 
     page_id: int
@@ -36,17 +35,16 @@ def audit(pool: SummaryPool, keys_of: Callable[[int], torch.Tensor]) -> list[Vio
     """
     violations = []
     pages = pool.sealed.nonzero().squeeze(1)
-    names = ("min_max", "codes", "scale_zero")
     for layer_id in pool.layer_ids:
-        stored = pool.of_layer(layer_id)
+        stored = pool.fields_of_layer(layer_id)
         keys = keys_of(layer_id)
         for chunk in pages.split(PAGES_PER_CHUNK):
-            fresh = summarize(keys[chunk])
+            fresh = pool.summarize(keys[chunk])
             differs = torch.stack(
-                [_rows_differ(old[chunk], new) for old, new in zip(stored, fresh, strict=True)]
+                [_rows_differ(old[chunk], fresh[name]) for name, old in stored.items()]
             )
             for index in differs.any(0).nonzero().squeeze(1).tolist():
-                wrong = tuple(n for n, bad in zip(names, differs[:, index], strict=True) if bad)
+                wrong = tuple(n for n, bad in zip(stored, differs[:, index], strict=True) if bad)
                 violations.append(Violation(int(chunk[index]), layer_id, wrong))
     return violations
 
