@@ -22,7 +22,9 @@ def kept_mass(
     Returns:
         mass: [B, HQ] share of full attention on the tokens attended to (the union);
         candidate_mass: [B, HQ] share on the candidates;
-        head_tokens: [B, HQ] tokens that top-p keeps of each query head, before the union.
+        head_tokens: [B, HQ] tokens that top-p keeps of each query head, before the union;
+        kept_tokens: [B, HK] tokens attended to: the union and what is always kept;
+        candidate_tokens: [B, HK] tokens of the candidate pages.
     """
     batch, heads_q, _ = q.shape
     heads_kv = cache.keys.shape[2]
@@ -66,4 +68,6 @@ def kept_mass(
         "mass": (gathered * kept.unsqueeze(2)).sum(-1).flatten(1),
         "candidate_mass": gathered.sum(-1).flatten(1),
         "head_tokens": mask.sum(-1),
+        "kept_tokens": kept.sum(-1),
+        "candidate_tokens": (token_positions >= 0).sum(-1),
     }
