@@ -23,6 +23,7 @@ MODULES = (
     "page_release",
     "request_slots",
     "forward_order",
+    "mixed_steps",
     "server_info",
 )
 

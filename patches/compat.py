@@ -58,3 +58,10 @@ def model_adjustments() -> tuple[str, str]:
     if resolution_method() == "resolve_once":
         return "sglang.srt.arg_groups.model_hook.handle_model_specific_adjustments", "server_args"
     return "sglang.srt.server_args.ServerArgs._handle_model_specific_adjustments", "self"
+
+
+def decodes_as_extend() -> bool:
+    """Whether this SGLang may turn a decode batch into a prefill (not up to 0.5.17)."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    return hasattr(ScheduleBatch, "convert_decode_to_extend")

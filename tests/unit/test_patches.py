@@ -24,6 +24,7 @@ from twilight_sgl.patches import (
     all_patches,
     forward_order,
     install,
+    mixed_steps,
     page_release,
     request_slots,
     sampling_params,
@@ -177,6 +178,9 @@ class FakeRuntime:
     def on_requests_admitted(self, slots: list[int], options: Any) -> None:
         self.calls.append(("admitted", slots, list(options)))
 
+    def on_dense_step(self, context_tokens: Any, options: Any) -> None:
+        self.calls.append(("dense", list(context_tokens), list(options)))
+
     def state(self) -> dict[str, int]:
         return {"pages": 1}
 
@@ -226,6 +230,28 @@ def test_admitted_requests_reach_the_runtime(runtime: FakeRuntime, hook: Callabl
     hook(None, table, reqs)  # no slot was free
     hook([1], SimpleNamespace(), reqs)
     assert len(runtime.calls) == 1
+
+
+def test_decode_rows_of_a_mixed_step_reach_the_runtime(runtime: FakeRuntime) -> None:
+    def batch(wishes: list[Any], prefix_lens: list[int], table: Any) -> SimpleNamespace:
+        reqs = [SimpleNamespace(sampling_params=SimpleNamespace(custom_params=w)) for w in wishes]
+        return SimpleNamespace(reqs=reqs, prefix_lens=prefix_lens, req_to_token_pool=table)
+
+    table = SimpleNamespace(twilight=runtime)
+    off = {"twilight": {"enabled": False}}
+    running = batch([None, off], [], table)
+    hooks = {patch.target.rpartition(".")[2]: patch.hook for patch in mixed_steps.PATCHES}
+    # After the merge, prefix_lens are those of the prefills, then of the running requests.
+    mixed = batch([None, None, None, off], [0, 512, 99, 1000], table)
+    hooks["mix_with_running"](None, mixed, running)
+    dense = ("dense", [100, 1001], [RequestOptions(), RequestOptions(enabled=False)])
+    assert runtime.calls == [dense]
+    hooks["mix_with_running"](None, mixed, batch([], [], table))
+    hooks["mix_with_running"](None, batch([None], [3], SimpleNamespace()), running)
+    assert len(runtime.calls) == 1
+    if "convert_decode_to_extend" in hooks:
+        hooks["convert_decode_to_extend"](None, batch([None, off], [99, 1000], table))
+        assert runtime.calls == [dense, dense]
 
 
 def test_bad_wish_is_refused_with_the_sampling_parameters() -> None:

@@ -192,6 +192,7 @@ def test_budget_counts_sparse_rows_over_layers_and_heads(server: Server) -> None
         "context_tokens": context,
         "candidate_tokens": candidates,
         "kept_tokens": kept,
+        "mixed_rows": 0,
     }
 
 
@@ -252,3 +253,11 @@ def test_settings_choose_what_summaries_hold(bounds: str, estimator: str) -> Non
     server.keys[4, 7 * PS, 0, 0] = 77.0
     fields = ("min_max", "codes", "scale_zero") if estimator == "int4" else ("min_max",)
     assert server.runtime.run_audit() == [Violation(7, 4, fields)]
+
+
+def test_rows_of_dense_steps_are_counted_where_they_would_have_been_sparse() -> None:
+    runtime = Server(min_context_tokens=100).runtime
+    options = [RequestOptions(), RequestOptions(p=0.5), RequestOptions(enabled=False)]
+    runtime.on_dense_step([100, 4000, 4000], options)
+    runtime.on_dense_step([99], [RequestOptions()])
+    assert runtime.state()["budget"]["mixed_rows"] == 2

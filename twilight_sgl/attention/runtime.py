@@ -67,6 +67,7 @@ class TwilightRuntime:
         self.pages_reused = 0
         self.audit_checks = 0
         self.audit_violations = 0
+        self.mixed_rows = 0
         self._decode_steps = 0
         # context, candidate and kept tokens, over sparse steps, layers and KV heads
         self._budget = torch.zeros(3, dtype=torch.int64, device=keys.device)
@@ -90,6 +91,21 @@ class TwilightRuntime:
         """Requests were given slots: their p applies from the next forward on."""
         values = (self._value_of(option) for option in options)
         self.ledger.requests_admitted(zip(slots, values, strict=True))
+
+    def on_dense_step(
+        self, context_tokens: Iterable[int], options: Iterable[RequestOptions]
+    ) -> None:
+        """Requests decode in a prefill step: count those that would have been sparse.
+
+        Args:
+            context_tokens: of each request, the token being decoded included.
+            options: what each asked for.
+        """
+        least = max(self.config.min_context_tokens, 1)
+        self.mixed_rows += sum(
+            option.enabled and tokens >= least
+            for tokens, option in zip(context_tokens, options, strict=True)
+        )
 
     def begin_extend(self, token_slots: torch.Tensor) -> None:
         """An extend is about to write these slots, [M]: their pages are sealed no longer."""
@@ -168,6 +184,7 @@ class TwilightRuntime:
                 "context_tokens": context,
                 "candidate_tokens": candidates,
                 "kept_tokens": kept,
+                "mixed_rows": self.mixed_rows,
             },
             "audit": {"checks": self.audit_checks, "violations": self.audit_violations},
         }
