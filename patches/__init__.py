@@ -24,6 +24,7 @@ MODULES = (
     "request_slots",
     "forward_order",
     "mixed_steps",
+    "graph_variants",
     "server_info",
 )
 

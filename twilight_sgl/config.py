@@ -57,6 +57,11 @@ class TwilightConfig:
     min_context_tokens: int = _knob(
         2048, "a request shorter than this attends to everything (it costs less than selecting)"
     )
+    min_step_mb: int = _knob(
+        64,
+        "on a GPU, a step whose requests of that length hold fewer MB of KV cache a layer than "
+        "this attends to everything (dense attention is faster there); 0: none does",
+    )
     page_size: int = _knob(
         16, "tokens a page; follows --page-size when only that is given (16, 32 or 64)"
     )
@@ -82,7 +87,13 @@ class TwilightConfig:
         )
         for layer in self.skip_layers:
             _require(layer >= 0, "skip_layers", self.skip_layers, "layer ids from 0")
-        for name in ("sink_tokens", "recent_tokens", "min_context_tokens", "audit_interval"):
+        for name in (
+            "sink_tokens",
+            "recent_tokens",
+            "min_context_tokens",
+            "min_step_mb",
+            "audit_interval",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             self.page_size in PAGE_SIZES, "page_size", self.page_size, _listed(map(str, PAGE_SIZES))

@@ -2,8 +2,9 @@
 
 A (request, KV head) is given to `parts` programs. Each scores a part of the pages; all then choose
 the same candidates, each in its own registers, and keep a stripe of them; they estimate, unite and
-attend to their stripes, and the last to finish merges the results. In between they wait for each
-other three times. The reference is `twilight_sgl.attention.pipeline.decode_reference`.
+attend to their stripes. The search for thresholds and the merge of the results are dealt to them by
+query head. In between they wait for each other. The reference is
+`twilight_sgl.attention.pipeline.decode_reference`.
 
 Programs that wait for each other must run at the same time, so the grid never has more of them than
 the GPU holds. With one part there is no waiting, and any number of programs may run.
@@ -18,7 +19,6 @@ from twilight_sgl.kernels.attend.triton import (
     MOST_PARTS,
     AttendWorkspace,
     attend_span,
-    merge_partials,
     store_group,
     store_partial,
 )
@@ -34,8 +34,8 @@ from twilight_sgl.kernels.page_score.triton import bound_pages, score_dtype, spl
 from twilight_sgl.kernels.select.triton import choose_pages, zero_group
 from twilight_sgl.kernels.top_p.triton import find_threshold, keep_any
 
-MOST_COLUMNS = 8192
-_WARPS = 8
+MOST_COLUMNS = 2048
+_FEW_PAIRS = 8
 
 
 @triton.jit
@@ -47,6 +47,37 @@ def _meet(arrivals_ptr, target, parts):
         while seen < target:
             seen = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
         tl.debug_barrier()
+
+
+@triton.jit
+def _merge_head(
+    partial_ptr,
+    partial_stats_ptr,
+    out_ptr,
+    first,
+    parts,
+    member,
+    G_ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+):
+    """Combine the partial results from `first` on of one query head of a group."""
+    part = tl.arange(0, PARTS_PAD)
+    channel = tl.arange(0, DV_PAD)
+    there = part < parts
+    stats_ptr = partial_stats_ptr + (first + part) * (2 * G_ROWS) + member
+    most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")
+    sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
+    values = tl.load(
+        partial_ptr + ((first + part) * G_ROWS + member)[:, None] * DV_PAD + channel[None, :],
+        there[:, None] & (channel[None, :] < DV),
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    weight = tl.exp2(most - tl.max(most, 0))
+    result = tl.sum(values * weight[:, None], 0) / tl.sum(sums * weight, 0)
+    tl.store(out_ptr + channel, result.to(out_ptr.dtype.element_ty), channel < DV)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -110,10 +141,8 @@ def _decode_kernel(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     COLUMNS_PAD: tl.constexpr,
-    SMALL: tl.constexpr,
-    LARGE: tl.constexpr,
+    CAPACITY: tl.constexpr,
     PARTS_PAD: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
     SCORE_PAGES: tl.constexpr,
     SCORE_STAGES: tl.constexpr,
     ESTIMATE_TOKENS: tl.constexpr,
@@ -251,7 +280,14 @@ def _decode_kernel(
         mass = tl.load(p_ptr + row)
         for member in range(part, G, parts):
             threshold = find_threshold(
-                pair_logits_ptr + member * (width * PS), tokens, mass, STEPS, SMALL, LARGE, False
+                pair_logits_ptr + member * (width * PS),
+                tokens,
+                mass,
+                STEPS,
+                CAPACITY,
+                CAPACITY,
+                False,
+                True,
             )
             tl.store(thresholds_ptr + pair * G + member, threshold)
         _meet(arrivals_ptr, 3 * parts, parts)
@@ -260,8 +296,8 @@ def _decode_kernel(
         last_token = tl.minimum(last_page * PS, tokens)
         list_ptr = slots_ptr + pair64 * (width * PS) + first_token
         end = 0
-        for first in range(first_token, last_token, UNITE_TOKENS):
-            token = first + tl.arange(0, UNITE_TOKENS)
+        for block in range(first_token, last_token, UNITE_TOKENS):
+            token = block + tl.arange(0, UNITE_TOKENS)
             keep = keep_any(
                 pair_logits_ptr,
                 thresholds_ptr + pair * G,
@@ -276,8 +312,8 @@ def _decode_kernel(
                 RECENT,
             )
             kept = keep.to(tl.int32)
-            page_id = tl.load(pages_ptr + token // PS, keep, other=0)
-            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, page_id * PS + token % PS, keep)
+            kept_page = tl.load(pages_ptr + token // PS, keep, other=0)
+            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, kept_page * PS + token % PS, keep)
             end += tl.sum(kept, 0)
         tl.atomic_add(kept_tokens_ptr + pair, end, sem="relaxed")
         start = 0
@@ -326,38 +362,40 @@ def _decode_kernel(
                 DV,
                 DV_PAD,
             )
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-            if arrived == tl.where(is_sparse, 4 * parts, parts) - 1:
-                tl.debug_barrier()
-                merge_partials(
+            before = tl.where(is_sparse, 3 * parts, 0)
+            _meet(arrivals_ptr, before + parts, parts)
+            for member in range(part, G, parts):
+                _merge_head(
                     partial_ptr,
                     partial_stats_ptr,
-                    out_group_ptr,
+                    out_group_ptr + member * stride_out_head,
                     pair64 * parts,
                     parts,
-                    stride_out_head,
-                    PARTS_PAD,
-                    PARTS_BLOCK,
-                    G,
+                    member,
                     G_ROWS,
                     DV,
                     DV_PAD,
+                    PARTS_PAD,
                 )
+            # Who leaves last has nobody behind it that still looks at the count.
+            if tl.atomic_add(arrivals_ptr, 1, sem="relaxed") == before + 2 * parts - 1:
                 tl.store(arrivals_ptr, 0)
 
 
-def _programs_at_once(candidate_tokens: int) -> int:
-    """Programs that an SM surely holds: two, each with half the registers, for short rows."""
-    return 2 if candidate_tokens <= 8192 else 1
+def _tiling(pairs: int) -> tuple[int, int]:
+    """Warps of a program, and programs that an SM holds at once.
+
+    An SM's 64 Ki registers are 255 for each thread of 8 warps, the most the compiler takes.
+    """
+    return (8, 1) if pairs <= _FEW_PAIRS else (4, 2)
 
 
-def decode_parts(pairs: int, candidate_tokens: int, device: torch.device) -> int:
-    """Programs for each of `pairs` (request, KV head)s with up to candidate_tokens candidates."""
+def decode_parts(pairs: int, device: torch.device) -> int:
+    """Programs for each of `pairs` (request, KV head)s."""
     if is_interpreted():
         return 1  # it runs one program at a time
-    programs = grid_programs(device, _programs_at_once(candidate_tokens))
-    return max(1, min(MOST_PARTS, programs // pairs))
+    _, at_once = _tiling(pairs)
+    return max(1, min(MOST_PARTS, grid_programs(device, at_once) // pairs))
 
 
 def decode_layer(
@@ -410,9 +448,7 @@ def decode_layer(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     pairs = batch * heads_kv
-    capacity = logits.shape[-1]
-    parts = decode_parts(pairs, capacity, q.device)
-    large = max(16, triton.next_power_of_2(capacity))
+    parts = decode_parts(pairs, q.device)
     interpreted = is_interpreted()
     _decode_kernel[(pairs * parts,)](
         q,
@@ -474,18 +510,15 @@ def decode_layer(
         DV=dim_v,
         DV_PAD=dim_v_pad,
         COLUMNS_PAD=max(16, triton.next_power_of_2(page_ids.shape[1])),
-        SMALL=min(large, 8192),
-        LARGE=large,
+        CAPACITY=max(16, triton.next_power_of_2(logits.shape[-1])),
         PARTS_PAD=MOST_PARTS,
-        PARTS_BLOCK=min(MOST_PARTS, max(1, 16384 // (rows * dim_v_pad))),
-        SCORE_PAGES=16 if interpreted else 64,
+        SCORE_PAGES=16 if interpreted else 64 if dim <= 128 else 32,
         SCORE_STAGES=1 if interpreted else 3,
         ESTIMATE_TOKENS=max(64 if interpreted else 128, page_size),
         ESTIMATE_STAGES=1 if interpreted else 5,
-        UNITE_TOKENS=64 if interpreted else 1024,
+        UNITE_TOKENS=64 if interpreted else 512,
         ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
         ATTEND_STAGES=1 if interpreted else 5,
         PACKED_ASM=not interpreted,
-        maxnreg=65536 // (32 * _WARPS * _programs_at_once(capacity)),
-        **launch_options(_WARPS),
+        **launch_options(_tiling(pairs)[0]),
     )

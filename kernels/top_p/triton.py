@@ -13,6 +13,7 @@ from twilight_sgl.kernels.launch import is_interpreted, launch_options, wait_for
 BISECTION_STEPS = 8
 _MOST_IN_REGISTERS = 32768
 _CHUNK_TOKENS = 2048
+_FEW_ROWS = 128  # up to which rounds are bound by latency, not by instructions
 
 
 @triton.jit
@@ -33,7 +34,15 @@ def _as_logit(top, low):
 
 
 @triton.jit
-def _threshold_in_registers(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+def _add3(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def _threshold_in_registers(
+    row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr, QUARTERS: tl.constexpr
+):
+    """QUARTERS: two halvings a round, for fewer rounds at half as many sums again."""
     offset = tl.arange(0, BLOCK)
     logits = tl.load(
         row_ptr + offset, offset < tokens, other=-float("inf"), cache_modifier=".cg"
@@ -44,11 +53,31 @@ def _threshold_in_registers(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.c
     target = p * total
     low = _search_start(total, p, tokens)
     high = total * 0.0
-    for _ in range(STEPS):
-        middle = (low + high) * 0.5
-        enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+    if QUARTERS:
+        for _ in range((STEPS + 1) // 2):
+            quarter = (high - low) * 0.25
+            first = low + quarter
+            second = low + quarter * 2
+            third = low + quarter * 3
+            mass1, mass2, mass3 = tl.reduce(
+                (
+                    _mass_from(weights, tl.exp(first)),
+                    _mass_from(weights, tl.exp(second)),
+                    _mass_from(weights, tl.exp(third)),
+                ),
+                0,
+                _add3,
+            )
+            low = tl.where(mass1 >= target, first, low)
+            low = tl.where(mass2 >= target, second, low)
+            low = tl.where(mass3 >= target, third, low)
+            high = low + quarter
+    else:
+        for _ in range(STEPS):
+            middle = (low + high) * 0.5
+            enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle)
     return _as_logit(top, low)
 
 
@@ -91,16 +120,17 @@ def find_threshold(
     SMALL: tl.constexpr,
     LARGE: tl.constexpr,
     LOOPED: tl.constexpr,
+    QUARTERS: tl.constexpr,
 ):
     """The logit from which on `tokens` logits hold mass p; SMALL, LARGE: sizes of registers."""
     threshold = -float("inf")
     if p < 1.0:
         if (LARGE == SMALL and not LOOPED) or tokens <= SMALL:
-            threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
+            threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL, QUARTERS)
         elif LOOPED:
             threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
         else:
-            threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
+            threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE, QUARTERS)
     return threshold
 
 
@@ -118,6 +148,7 @@ def _threshold_kernel(
     SMALL: tl.constexpr,
     LARGE: tl.constexpr,
     LOOPED: tl.constexpr,
+    QUARTERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -128,7 +159,7 @@ def _threshold_kernel(
     tokens = tl.load(candidate_tokens_ptr + pair)
     if tl.load(counts_ptr + pair) > 0:
         row_ptr = logits_ptr + head.to(tl.int64) * capacity
-        threshold = find_threshold(row_ptr, tokens, p, STEPS, SMALL, LARGE, LOOPED)
+        threshold = find_threshold(row_ptr, tokens, p, STEPS, SMALL, LARGE, LOOPED, QUARTERS)
         tl.store(thresholds_ptr + head, threshold)
 
 
@@ -280,6 +311,7 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
+        QUARTERS=batch * heads_q <= _FEW_ROWS,
         **launch_options(_warps(large)),
     )
 

@@ -23,6 +23,7 @@ OTHER_VALUES = {
     "sink_tokens": 0,
     "recent_tokens": 128,
     "min_context_tokens": 0,
+    "min_step_mb": 5,
     "page_size": 64,
     "audit_interval": 7,
 }

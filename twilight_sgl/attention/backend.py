@@ -104,9 +104,25 @@ class ReferenceAttnBackend(TwilightAttnBackend):
 
 
 class TritonAttnBackend(TwilightAttnBackend):
-    """On a GPU: the same launches whatever the batch holds, inside CUDA graphs or not."""
+    """On a GPU, inside CUDA graphs or not.
+
+    A step either selects, with the same launches whatever the batch holds, or is dense and runs
+    the stock backend alone. The host decides, from the lengths it knows.
+
+    Attributes:
+        dense_step: whether the current step, or the one being captured, is dense.
+        has_dense_graphs: whether graphs of dense steps were captured beside the others.
+    """
 
     runtime: "TritonRuntime"
+    dense_step = False
+    has_dense_graphs = False
+
+    @property
+    def wants_dense_graphs(self) -> bool:
+        """Whether some steps would be dense."""
+        config = self.runtime.config
+        return config.min_step_mb > 0 or config.min_context_tokens > 1
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what graphs of up to max_bs rows use."""
@@ -121,18 +137,24 @@ class TritonAttnBackend(TwilightAttnBackend):
         """Plan an eager step, and seal the pages it needs."""
         self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
+            self.dense_step = self.runtime.is_faster_dense(forward_batch.seq_lens_cpu)
             self._begin(forward_batch)
-            self.runtime.seal_claimed()
+            if not self.dense_step:
+                self.runtime.seal_claimed()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Plan a graph's step; the graph reads the plan, never SGLang's request table."""
         self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        self._begin(forward_batch)
+        if not in_capture:
+            lengths = forward_batch.seq_lens_cpu
+            self.dense_step = self.has_dense_graphs and self.runtime.is_faster_dense(lengths)
+        self._begin(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Seal the pages that the plan claimed."""
         self.dense.init_forward_metadata_in_graph(forward_batch)
-        self.runtime.seal_claimed()
+        if not self.dense_step:
+            self.runtime.seal_claimed()
 
     def on_after_cuda_graph_warmup(self) -> None:
         """As the prefill backend."""
@@ -149,7 +171,7 @@ class TritonAttnBackend(TwilightAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """One layer of a decode step: [B, HQ * D] queries to [B, HQ * DV]."""
-        if not self.runtime.pool.has_layer(layer.layer_id):
+        if self.dense_step or not self.runtime.pool.has_layer(layer.layer_id):
             return self.dense.forward_decode(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
@@ -168,7 +190,11 @@ class TritonAttnBackend(TwilightAttnBackend):
             output.mul_(value_scale)
         return output.flatten(1)
 
-    def _begin(self, forward_batch: Any) -> None:
+    def _begin(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if not in_capture:
+            self.runtime.begin_step(dense=self.dense_step)
+        if self.dense_step:
+            return
         self.runtime.begin_decode(
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,

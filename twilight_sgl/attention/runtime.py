@@ -69,6 +69,7 @@ class TwilightRuntime:
         self.audit_violations = 0
         self.mixed_rows = 0
         self._decode_steps = 0
+        self.dense_steps = 0
         # context, candidate and kept tokens, over sparse steps, layers and KV heads
         self._budget = torch.zeros(3, dtype=torch.int64, device=keys.device)
         logger.info(
@@ -186,6 +187,7 @@ class TwilightRuntime:
                 "kept_tokens": kept,
                 "mixed_rows": self.mixed_rows,
             },
+            "steps": {"decode": self._decode_steps, "dense": self.dense_steps},
             "audit": {"checks": self.audit_checks, "violations": self.audit_violations},
         }
 

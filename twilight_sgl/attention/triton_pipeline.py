@@ -24,7 +24,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MAX_PAGES = 32768
-MOST_PAIRS = 0  # (request, KV head)s up to which one launch is faster, read on an H100
+MOST_PAIRS = 64  # (request, KV head)s up to which one launch is faster, read on an H100
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 

@@ -63,6 +63,8 @@ class TritonRuntime(TwilightRuntime):
         self._caches = {layer: self.cache_of(layer) for layer in layer_ids}
         self._keys = [self._caches[layer].keys for layer in layer_ids]
         self._key_pointers = layer_pointers(self._keys)
+        heads_kv, dim = self._keys[0].shape[2:]
+        self._layer_token_bytes = heads_kv * (dim + dim_v) * self._keys[0].element_size()
         device = self._keys[0].device
         self._claimed = torch.zeros(self.pool.num_pages, dtype=torch.int32, device=device)
         self._num_claimed = torch.zeros(1, dtype=torch.int32, device=device)
@@ -78,12 +80,27 @@ class TritonRuntime(TwilightRuntime):
         """
         self._buffers_for(max_batch)
 
+    def is_faster_dense(self, seq_lens: torch.Tensor | None) -> bool:
+        """Whether a step's KV cache is too small for selection to pay.
+
+        Args:
+            seq_lens: [B] tokens of each request on the host; None where they are not known.
+        """
+        if seq_lens is None:
+            return False
+        long = seq_lens[seq_lens >= self.config.min_context_tokens]
+        tokens = int(long.sum())
+        return tokens == 0 or tokens * self._layer_token_bytes < self.config.min_step_mb * 1e6
+
+    def begin_step(self, *, dense: bool) -> None:
+        """Count a decode step, and audit when it is time, before it is planned."""
+        self.audit_when_due()
+        self.dense_steps += dense
+
     def begin_decode(
         self, req_to_token: torch.Tensor, request_slots: torch.Tensor, seq_lens: torch.Tensor
     ) -> DecodePlan:
         """Snapshot a step's rows into static buffers and claim the pages it needs sealed."""
-        if not torch.cuda.is_current_stream_capturing():
-            self.audit_when_due()
         batch = request_slots.shape[0]
         buffers = self._current = self._buffers_for(batch)
         plan = DecodePlan(

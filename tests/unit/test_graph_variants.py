@@ -1,0 +1,109 @@
+"""Which steps run dense on a GPU, and the graphs that are captured for them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.runner.shape_key import ShapeKey
+
+from twilight_sgl.attention.backend import TritonAttnBackend
+from twilight_sgl.attention.triton_runtime import TritonRuntime
+from twilight_sgl.config import TwilightConfig
+from twilight_sgl.patches.graph_variants import _capture_both, _name_dense
+
+LAYER_TOKEN_BYTES = 1000
+
+
+def runtime(**settings: Any) -> TritonRuntime:
+    made = object.__new__(TritonRuntime)
+    made.config = TwilightConfig(**settings)
+    made._layer_token_bytes = LAYER_TOKEN_BYTES
+    return made
+
+
+def backend(**settings: Any) -> TritonAttnBackend:
+    made = object.__new__(TritonAttnBackend)
+    made.runtime = runtime(**settings)
+    return made
+
+
+class Runner:
+    """Captures as SGLang's does: a graph a call, under the name of its batch size."""
+
+    def __init__(self, attn_backend: Any, mode: ForwardMode = ForwardMode.DECODE) -> None:
+        self.attn_backend = SimpleNamespace(decode_backend=attn_backend)
+        self.capture_forward_mode = mode
+        self.captured: dict[ShapeKey, bool] = {}
+
+    def key(self, size: int, label: str | None) -> ShapeKey:
+        return _name_dense(ShapeKey(size, None, label), self, size, None, label)
+
+    def capture_one_shape(self, size: int, label: str | None = None) -> None:
+        def original(runner: Runner, size: int) -> None:
+            decode = self.attn_backend.decode_backend
+            self.captured[self.key(size, label)] = getattr(decode, "dense_step", False)
+
+        _capture_both(original, self, size)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings", "dense"),
+    [
+        ([100, 2047], {"min_step_mb": 0}, True),  # no request is long enough to select
+        ([100, 2048], {"min_step_mb": 0}, False),
+        ([40_000], {}, True),  # 40 MB
+        ([40_000, 24_000], {}, False),  # 64 MB
+        ([40_000, *[2047] * 20], {}, True),  # short requests do not count
+        ([40_000], {"min_step_mb": 40}, False),
+        ([1], {"min_step_mb": 0, "min_context_tokens": 0}, False),
+    ],
+)
+def test_steps_too_small_are_dense(lengths: list[int], settings: dict, dense: bool) -> None:
+    assert runtime(**settings).is_faster_dense(torch.tensor(lengths)) is dense
+
+
+def test_steps_of_unknown_lengths_select() -> None:
+    assert not runtime().is_faster_dense(None)
+
+
+@pytest.mark.parametrize("label", [None, "lora"])
+def test_every_batch_size_has_a_dense_graph_beside_the_other(label: str | None) -> None:
+    runner = Runner(backend())
+    for size in (4, 2):
+        runner.capture_one_shape(size, label)
+    dense = "dense" if label is None else "lora-dense"
+    assert runner.captured == {
+        ShapeKey(size, None, name): name == dense for size in (4, 2) for name in (label, dense)
+    }
+    ours = runner.attn_backend.decode_backend
+    assert ours.has_dense_graphs
+    assert not ours.dense_step
+
+
+def test_a_failed_capture_leaves_no_dense_step_behind() -> None:
+    runner = Runner(backend())
+
+    def failing(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _capture_both(failing, runner, 1)
+    ours = runner.attn_backend.decode_backend
+    assert not ours.dense_step
+    assert not ours.has_dense_graphs
+
+
+@pytest.mark.parametrize(
+    "runner",
+    [
+        Runner(SimpleNamespace()),
+        Runner(backend(), ForwardMode.TARGET_VERIFY),
+        Runner(backend(min_step_mb=0, min_context_tokens=0)),
+    ],
+    ids=["another-backend", "verification", "nothing-is-dense"],
+)
+def test_other_runners_capture_as_ever(runner: Runner) -> None:
+    runner.capture_one_shape(2)
+    assert runner.captured == {ShapeKey(2, None, None): False}
