@@ -8,6 +8,7 @@ from twilight_sgl.attention.plan import DecodePlan, LayerCache
 
 Baseline = Callable[[torch.Tensor, LayerCache, DecodePlan, float], Callable[[], torch.Tensor]]
 _TRITON_KV_SPLITS = 8  # SGLang's default --triton-attention-num-kv-splits
+_FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 
 
 def fa3(
@@ -75,7 +76,10 @@ def sglang_triton(
 def flashinfer(
     q: torch.Tensor, cache: LayerCache, plan: DecodePlan, sm_scale: float
 ) -> Callable[[], torch.Tensor]:
-    """FlashInfer's paged decode with tensor cores, planned once."""
+    """FlashInfer's paged decode, planned once; planning compiles its kernels on first use.
+
+    Tensor cores are used where SGLang's `flashinfer` backend uses them.
+    """
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     batch, heads_q, dim = q.shape
@@ -88,10 +92,11 @@ def flashinfer(
     indices = plan.page_ids[there].contiguous()
     last = (plan.seq_lens - 1) % page_size + 1
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(256 << 20, dtype=torch.uint8, device=device),
+        # Zeroed, as its first use asks for.
+        torch.zeros(_FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device),
         "NHD",
         use_cuda_graph=True,
-        use_tensor_cores=True,
+        use_tensor_cores=heads_q // heads_kv >= 4 or cache.keys.dtype == torch.float8_e4m3fn,
         paged_kv_indptr_buffer=torch.empty_like(indptr),
         paged_kv_indices_buffer=torch.empty_like(indices),
         paged_kv_last_page_len_buffer=torch.empty_like(last),

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 
 from twilight_sgl.attention.pipeline import decode_reference
-from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
+from twilight_sgl.attention.plan import DecodePlan, Selection
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.benchmark.baselines import BASELINES
-from twilight_sgl.benchmark.mass import kept_mass
-from twilight_sgl.benchmark.planted import Layers, Shape, planted_layers, traced_layers
+from twilight_sgl.benchmark.checks import MAX_ERROR, check, first_row, relative_error
+from twilight_sgl.benchmark.planted import PAGE_SIZE, Layers, Shape, planted_layers, traced_layers
 from twilight_sgl.benchmark.plot import plot
+from twilight_sgl.benchmark.quality import BOUNDS, HEADER, quality, table_line
+from twilight_sgl.benchmark.record import parse_layers
 from twilight_sgl.benchmark.timing import Timing, copy_bandwidth, describe_machine, time_calls
+from twilight_sgl.errors import TwilightError
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
@@ -33,47 +36,11 @@ SHAPES = (
 )
 LAYER_BYTES = 3 << 29  # of keys and values that a timed round reads densely
 MAX_LAYERS = 8
-MAX_ERROR = 0.02  # relative, bfloat16 against float32
 DENSE_BELOW_TOKENS = 2049  # requests so short are not pruned, as the backend does
-
-
-def _relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
-
-
-def _first_row(plan: DecodePlan, *, sparse: bool | None = None) -> DecodePlan:
-    row = {f.name: getattr(plan, f.name)[:1] for f in dataclasses.fields(plan)}
-    if sparse is not None:
-        row["sparse"] = torch.full_like(row["sparse"], sparse)
-    return DecodePlan(**row)
 
 
 def _all_dense(plan: DecodePlan) -> DecodePlan:
     return dataclasses.replace(plan, sparse=torch.zeros_like(plan.sparse))
-
-
-def _bytes_by_stage(
-    shape: Shape, decode: TritonDecode, cache: LayerCache, plan: DecodePlan
-) -> dict[str, int]:
-    """Bytes that each stage must move for the sparse rows of the last run, read or written once."""
-    batch = shape.batch
-    key_bytes = cache.keys.element_size()
-    full_pages = int(((plan.seq_lens - 1).clamp(min=0) // shape.page_size).sum())
-    candidates = int(decode.candidate_tokens[:batch].sum())
-    kept = int(decode.kept_tokens[:batch].sum())
-    group = shape.heads_q // shape.heads_kv
-    pairs = full_pages * shape.heads_kv
-    logit_bytes = 0 if decode.logits is None else decode.logits.element_size()
-    moved = {
-        "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4),
-        "select": pairs * 4 + candidates // shape.page_size * 12,
-        "attend": kept * 2 * shape.dim * key_bytes,
-    }
-    if logit_bytes:
-        moved["estimate"] = candidates * (shape.dim // 2 + 4 + group * logit_bytes)
-        moved["top_p"] = candidates * group * logit_bytes
-        moved["union"] = candidates * group * logit_bytes + kept * 4
-    return moved
 
 
 def _row(timing: Timing, moved: int | None, bandwidth: float) -> dict[str, float | int | None]:
@@ -109,41 +76,11 @@ def measure(
 ) -> dict[str, object]:
     """Check one shape against the references, then time it; no figures for a wrong result."""
     sm_scale = shape.dim**-0.5
-    q, cache, plan = layers.queries[0], layers.caches[0], layers.plan
-    row_plan = _first_row(plan)
+    plan = layers.plan
     decode = _decoder(shape, layers, selection, prune=True)
-    got = decode.run(q, cache, plan, sm_scale=sm_scale)
-    expected = decode_reference(q[:1], cache, row_plan, selection, sm_scale=sm_scale)
-    error = _relative_error(got.output[:1], expected.output)
-    kept_ratio = (got.kept_tokens[:1].sum() / expected.kept_tokens.sum()).item()
-    same_candidates = torch.equal(got.candidate_tokens[:1], expected.candidate_tokens)
-    dense_row = decode_reference(
-        q[:1], cache, _first_row(plan, sparse=False), selection, sm_scale=sm_scale
-    ).output
-    result: dict[str, object] = {
-        "shape": shape.name,
-        **dataclasses.asdict(shape),
-        "p": plan.p[0].item(),
-        "sparse": bool(plan.sparse[0]),
-        "budget": selection.budget,
-        "bounds": str(cache.min_max.dtype).removeprefix("torch."),
-        "layers": len(layers.caches),
-        "error": error,
-        "kept_to_reference": kept_ratio,
-    }
-    if not (error < MAX_ERROR and abs(kept_ratio - 1) < 0.05 and same_candidates):
-        result["wrong"] = f"error {error:.4f}, kept / reference {kept_ratio:.3f}"
+    result, moved = check(shape, layers, selection, decode)
+    if "wrong" in result:
         return result
-    if bool(plan.sparse[0]):
-        mass = kept_mass(q[:1], cache, row_plan, selection, sm_scale=sm_scale)
-        result["mass"] = mass["mass"].mean().item()
-        result["least_mass"] = mass["mass"].min().item()
-        result["candidate_mass"] = mass["candidate_mass"].mean().item()
-        result["head_share"] = mass["head_tokens"].float().mean().item() / shape.context
-        spread = mass["head_tokens"].float()
-        result["head_spread"] = (spread.max() / spread.min().clamp(min=1)).item()
-    result["candidate_share"] = got.candidate_tokens.float().mean().item() / shape.context
-    result["kept_share"] = got.kept_tokens.float().mean().item() / shape.context
 
     def calls(decoder: TritonDecode, used: DecodePlan) -> list:
         return [
@@ -152,7 +89,6 @@ def measure(
         ]
 
     stages = {}
-    moved = _bytes_by_stage(shape, decode, cache, plan)
     per_layer = [
         decode.stages(q, cache, plan, decode.out[: shape.batch], sm_scale=sm_scale)
         for q, cache in zip(layers.queries, layers.caches, strict=True)
@@ -161,10 +97,12 @@ def measure(
     result["total"] = _row(total, sum(moved.values()), bandwidth)
     for name in per_layer[0]:
         timing = time_calls([stage[name] for stage in per_layer])
-        stages[name] = _row(timing, moved.get(name), bandwidth)
+        # One launch for all stages moves what they move.
+        stage_bytes = sum(moved.values()) if name == "decode" else moved.get(name)
+        stages[name] = _row(timing, stage_bytes, bandwidth)
     result["stages"] = stages
-    dense_bytes = shape.batch * shape.context * shape.heads_kv * 2 * shape.dim
-    dense_bytes *= cache.keys.element_size()
+    key_bytes = layers.caches[0].keys.element_size()
+    dense_bytes = shape.batch * shape.context * shape.heads_kv * 2 * shape.dim * key_bytes
     others: dict[str, object] = {}
     dense_plan = _all_dense(plan)
     others["own_dense"] = _row(time_calls(calls(decode, dense_plan)), dense_bytes, bandwidth)
@@ -172,6 +110,13 @@ def measure(
         quest = _decoder(shape, layers, selection, prune=False)
         others["quest_only"] = _row(time_calls(calls(quest, plan)), None, bandwidth)
         del quest
+    dense_row = decode_reference(
+        layers.queries[0][:1],
+        layers.caches[0],
+        first_row(plan, sparse=False),
+        selection,
+        sm_scale=sm_scale,
+    ).output
     for name in baselines:
         others[name] = _baseline(name, layers, sm_scale, dense_row, dense_bytes, bandwidth)
     result["others"] = others
@@ -186,17 +131,19 @@ def _baseline(
     dense_bytes: int,
     bandwidth: float,
 ) -> dict[str, object]:
+    # Planning and the first call compile, so both come before any timing.
     try:
         each = [
             BASELINES[name](q, cache, layers.plan, sm_scale)
             for q, cache in zip(layers.queries, layers.caches, strict=True)
         ]
-        error = _relative_error(each[0]()[:1], dense_row)
+        error = relative_error(each[0]()[:1], dense_row)
         if not error < MAX_ERROR:
             return {"wrong": f"error {error:.4f}"}
         return {**_row(time_calls(each), dense_bytes, bandwidth), "error": error}
     except Exception as failure:  # a library that is missing or refuses the shape
-        return {"missing": f"{type(failure).__name__}: {failure}"[:300]}
+        said = next(iter(str(failure).strip().splitlines()), "")
+        return {"missing": f"{type(failure).__name__}: {said}"[:300]}
 
 
 def measure_seal(bandwidth: float, shape: Shape, tokens: int = 32 << 10) -> dict[str, object]:
@@ -271,46 +218,98 @@ def _print(result: dict[str, object], bandwidth: float) -> None:
             f"mass {result['mass']:.3f} (least {result['least_mass']:.3f}) "
             f"of {result['candidate_mass']:.3f} in the candidates; error {result['error']:.4f}"
         )
+        worst = result["worst_layer"]
+        assert isinstance(worst, dict)
+        print(
+            f"    layer {worst['layer']} keeps least: B1 {worst['head_share']:.2%} a head, union "
+            f"{worst['union_share']:.2%}, mass {worst['mass']:.3f} (least "
+            f"{worst['least_mass']:.3f}) of {worst['candidate_mass']:.3f} in the candidates"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
     parser.add_argument("--p", type=float, default=0.95)
-    parser.add_argument("--budget", type=float, default=0.25, help="B0, as --twilight-budget")
+    parser.add_argument(
+        "--budget", type=float, default=0.25, help="B0, as --twilight-selector-budget"
+    )
     parser.add_argument(
         "--bounds",
-        choices=("key", "fp8"),
+        choices=tuple(BOUNDS),
         default="key",
         help="dtype of the page bounds: that of the keys, or float8 rounded outward",
     )
+    parser.add_argument("--estimator", choices=("int4", "exact"), default="int4")
     parser.add_argument("--sink-tokens", type=int, default=16)
     parser.add_argument("--recent-tokens", type=int, default=64)
     parser.add_argument("--baselines", default="fa3,sglang_triton,flashinfer")
-    parser.add_argument("--trace", type=Path, help="torch.save file of a real model's q and K")
-    parser.add_argument("--trace-batch", type=int, default=8)
+    parser.add_argument("--trace", type=Path, help="what `record` wrote, in place of --shapes")
+    parser.add_argument("--trace-batch", type=int, default=8, help="requests made of the trace")
+    parser.add_argument(
+        "--skip-layers", type=parse_layers, default=(), help="layers of the trace to leave out"
+    )
+    parser.add_argument(
+        "--quality",
+        action="store_true",
+        help="time nothing: compare the mass that bounds, B0 and p keep of --trace; needs no GPU",
+    )
     parser.add_argument("--commit", help="recorded with the rows; read from git by default")
     parser.add_argument("--out", type=Path, default=Path("kernels-benchmark"))
 
 
+def _selection(args: argparse.Namespace) -> Selection:
+    return Selection(
+        PAGE_SIZE, args.budget, args.sink_tokens, args.recent_tokens, estimator=args.estimator
+    )
+
+
+def _compare_quality(args: argparse.Namespace) -> int:
+    """Print and save what bounds, B0 and p keep of the trace."""
+    print(HEADER)
+    rows = quality(
+        str(args.trace),
+        _selection(args),
+        skip_layers=args.skip_layers,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        report=lambda row: print(table_line(row), flush=True),
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"wrote {args.out / 'quality.json'}")
+    return 0
+
+
 def main(args: argparse.Namespace) -> int:
-    """Run the benchmark; returns a process exit status, 1 where a result was wrong."""
+    """Run the benchmark; returns a process exit status, 1 where a result was wrong, 2 if unable."""
+    try:
+        if args.quality and args.trace is None:
+            raise TwilightError(
+                "--quality reads a trace: pass --trace FILE, made with "
+                "`python -m twilight_sgl.benchmark record`"
+            )
+        if args.quality:
+            return _compare_quality(args)
+        return _measure_all(args)
+    except TwilightError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _measure_all(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print(
-            "twilight_sgl.benchmark kernels needs a CUDA GPU; torch sees none here",
-            file=sys.stderr,
+        raise TwilightError(
+            "twilight_sgl.benchmark kernels needs a CUDA GPU and torch sees none here; "
+            "with --quality --trace FILE it needs none"
         )
-        return 2
     baselines = tuple(name for name in args.baselines.split(",") if name)
-    unknown = set(baselines) - set(BASELINES)
-    if unknown:
-        print(f"--baselines: {sorted(unknown)} not among {sorted(BASELINES)}", file=sys.stderr)
-        return 2
+    if unknown := set(baselines) - set(BASELINES):
+        raise TwilightError(f"--baselines: {sorted(unknown)} not among {sorted(BASELINES)}")
     machine = describe_machine()
     if args.commit:
         machine["commit"] = args.commit
     bandwidth = copy_bandwidth()
     print(f"{machine['gpu']}, copy {bandwidth / 1e12:.2f} TB/s, {machine}")
-    bounds = torch.float8_e4m3fn if args.bounds == "fp8" else None
+    bounds = BOUNDS[args.bounds]
     rows: list[dict[str, object]] = []
 
     def add(result: dict[str, object]) -> None:
@@ -318,14 +317,16 @@ def main(args: argparse.Namespace) -> int:
         _print(result, bandwidth)
         torch.cuda.empty_cache()
 
-    def selection(page_size: int) -> Selection:
-        return Selection(page_size, args.budget, args.sink_tokens, args.recent_tokens)
-
+    selection = _selection(args)
     if args.trace:
         shape, layers = traced_layers(
-            str(args.trace), batch=args.trace_batch, p=args.p, bounds_dtype=bounds
+            str(args.trace),
+            batch=args.trace_batch,
+            p=args.p,
+            bounds_dtype=bounds,
+            skip_layers=args.skip_layers,
         )
-        add(measure(shape, layers, selection(shape.page_size), bandwidth, baselines))
+        add(measure(shape, layers, selection, bandwidth, baselines))
     else:
         for shape in SHAPES:
             if args.shapes not in shape.name:
@@ -333,7 +334,7 @@ def main(args: argparse.Namespace) -> int:
             layers = planted_layers(shape, layers=_layers_for(shape), p=args.p, bounds_dtype=bounds)
             if shape.context < DENSE_BELOW_TOKENS:
                 layers = dataclasses.replace(layers, plan=_all_dense(layers.plan))
-            add(measure(shape, layers, selection(shape.page_size), bandwidth, baselines))
+            add(measure(shape, layers, selection, bandwidth, baselines))
             del layers
         if args.shapes in "seal":
             add(measure_seal(bandwidth, SHAPES[0]))

@@ -1,10 +1,12 @@
 """How much of the true attention a kept set holds."""
 
+from collections.abc import Sequence
+
 import torch
 
+from twilight_sgl.attention import selectors
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
-from twilight_sgl.kernels.page_score.reference import page_scores
 from twilight_sgl.kernels.select.reference import select_pages
 from twilight_sgl.kernels.top_p.reference import forced_tokens, top_p_mask
 
@@ -29,7 +31,7 @@ def kept_mass(
     batch, heads_q, _ = q.shape
     heads_kv = cache.keys.shape[2]
     size = selection.page_size
-    scores = page_scores(q, cache.min_max, plan.page_ids)
+    scores = selectors.get(selection.selector)(q, cache, plan.page_ids)
     positions, _ = select_pages(
         scores,
         plan.seq_lens,
@@ -71,3 +73,48 @@ def kept_mass(
         "kept_tokens": kept.sum(-1),
         "candidate_tokens": (token_positions >= 0).sum(-1),
     }
+
+
+def row_figures(mass: dict[str, torch.Tensor], seq_lens: torch.Tensor) -> list[dict[str, float]]:
+    """Each row's figures from `kept_mass`, budgets as shares of its context `seq_lens` [B].
+
+    `head_share` is B1 of a query head before the union, `head_spread` the largest over the
+    smallest of them, `union_share` what a KV head attends to, `candidate_share` B0; `mass` and
+    `candidate_mass` are means over query heads and `least_` the worst head's.
+    """
+    rows = []
+    for row, tokens in enumerate(seq_lens.tolist()):
+        heads = mass["head_tokens"][row].float()
+        rows.append(
+            {
+                "mass": mass["mass"][row].mean().item(),
+                "least_mass": mass["mass"][row].min().item(),
+                "candidate_mass": mass["candidate_mass"][row].mean().item(),
+                "least_candidate_mass": mass["candidate_mass"][row].min().item(),
+                "head_share": heads.mean().item() / tokens,
+                "head_spread": (heads.max() / heads.min().clamp(min=1)).item(),
+                "union_share": mass["kept_tokens"][row].float().mean().item() / tokens,
+                "candidate_share": mass["candidate_tokens"][row].float().mean().item() / tokens,
+            }
+        )
+    return rows
+
+
+def over_layers(rows: Sequence[dict[str, float]], layer_ids: Sequence[int]) -> dict[str, object]:
+    """Join the layers' figures: means, `least_` ones the least and the spread the largest.
+
+    `worst_layer` holds the figures of the layer that keeps least mass on average, `per_layer` all.
+    """
+    joined: dict[str, object] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name.startswith("least_"):
+            joined[name] = min(values)
+        elif name == "head_spread":
+            joined[name] = max(values)
+        else:
+            joined[name] = sum(values) / len(values)
+    per_layer = [{"layer": layer, **row} for layer, row in zip(layer_ids, rows, strict=True)]
+    joined["worst_layer"] = min(per_layer, key=lambda row: row["mass"])
+    joined["per_layer"] = per_layer
+    return joined

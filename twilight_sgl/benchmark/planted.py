@@ -17,13 +17,18 @@ context, 16 sink and 64 recent tokens (tests/kernels/test_planted.py checks it a
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
 from twilight_sgl.attention.plan import DecodePlan, LayerCache
+from twilight_sgl.errors import TwilightError
 from twilight_sgl.kernels.seal.reference import summarize
 
+PAGE_SIZE = 16  # tokens
 HOT_LOGIT = 9.0
 RUN_TOKENS = 8
 SPREAD = 16.0
@@ -41,7 +46,7 @@ class Shape:
     dim: int
     batch: int
     context: int
-    page_size: int = 16
+    page_size: int = PAGE_SIZE
 
     @property
     def name(self) -> str:
@@ -54,11 +59,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layers:
-    """Caches of some layers alike in shape, one plan, and each layer's queries [B, HQ, D]."""
+    """Caches of some layers alike in shape, one plan, and each layer's queries [B, HQ, D].
+
+    `layer_ids` says which layers of the model they are; planted ones are numbered from 0.
+    """
 
     queries: list[torch.Tensor]
     caches: list[LayerCache]
     plan: DecodePlan
+    layer_ids: tuple[int, ...]
 
 
 def empty_layers(
@@ -175,7 +184,43 @@ def planted_layers(
                 padded.shape, generator=generator, device=device, dtype=dtype
             ).view(-1, *values[layer].shape[1:])
         queries.append(q.flatten(1, 2).to(dtype))
-    return Layers(queries, with_summaries(keys, values, plan, bounds_dtype or dtype), plan)
+    caches = with_summaries(keys, values, plan, bounds_dtype or dtype)
+    return Layers(queries, caches, plan, tuple(range(layers)))
+
+
+def load_trace(path: str, *, skip_layers: Sequence[int] = ()) -> dict[str, Any]:
+    """Read a trace and check it.
+
+    Args:
+        path: a `torch.save` file of {"model": str, "layers": [{"q": [HQ, D], "keys": [N, HK, D]},
+            ...]}: one decode step's queries and rotated keys, scaled so that q . k / sqrt(D) is
+            the logit; "values" [N, HK, D] and "layer", the layer's number, if there.
+        skip_layers: numbers of layers to leave out.
+    Raises:
+        TwilightError: the file is none, or nothing is left of it.
+    """
+    try:
+        trace = torch.load(path, map_location="cpu", weights_only=True)
+        layers = [
+            {"layer": index, "values": torch.randn(layer["keys"].shape), **layer}
+            for index, layer in enumerate(trace["layers"])
+        ]
+        alike = {(layer["q"].shape, layer["keys"].shape, layer["values"].shape) for layer in layers}
+        whole = all(keys == values and q[1] == keys[2] for q, keys, values in alike)
+    except (OSError, KeyError, TypeError, IndexError, AttributeError, UnpicklingError) as error:
+        raise TwilightError(
+            f"--trace {path} is not a trace ({type(error).__name__}): make one with "
+            "`python -m twilight_sgl.benchmark record`"
+        ) from error
+    if len(alike) > 1 or not whole:
+        raise TwilightError(
+            f"--trace {path} has layers of other shapes: record layers alike with "
+            "`python -m twilight_sgl.benchmark record --layers`"
+        )
+    layers = [layer for layer in layers if layer["layer"] not in skip_layers]
+    if not layers:
+        raise TwilightError(f"--trace {path} has no layer left: name fewer in --skip-layers")
+    return {"model": trace.get("model", "trace"), "layers": layers}
 
 
 def traced_layers(
@@ -186,28 +231,27 @@ def traced_layers(
     dtype: torch.dtype = torch.bfloat16,
     bounds_dtype: torch.dtype | None = None,
     device: str = "cuda",
+    skip_layers: Sequence[int] = (),
 ) -> tuple[Shape, Layers]:
-    """Layers from a trace of a real model.
+    """Layers from a trace of a real model, see `load_trace`.
 
     Args:
-        path: a `torch.save` file of {"model": str, "layers": [{"q": [HQ, D], "keys": [N, HK, D]},
-            ...]}: one decode step's queries and rotated keys; "values" [N, HK, DV] if there.
         batch: how often to repeat the request, in pages of its own.
     """
-    trace = torch.load(path, map_location="cpu", weights_only=True)
+    trace = load_trace(path, skip_layers=skip_layers)
     first = trace["layers"][0]
     context, heads_kv, dim = first["keys"].shape
-    shape = Shape(trace.get("model", "trace"), first["q"].shape[0], heads_kv, dim, batch, context)
+    shape = Shape(trace["model"], first["q"].shape[0], heads_kv, dim, batch, context)
     generator = torch.Generator(device=device).manual_seed(0)
     keys, values, plan = empty_layers(shape, len(trace["layers"]), dtype, p, generator)
     queries = []
     for index, layer in enumerate(trace["layers"]):
-        rows = [layer["keys"], layer.get("values", torch.randn(layer["keys"].shape))]
-        for row, pool in zip(rows, (keys[index], values[index]), strict=True):
+        for name, pool in (("keys", keys[index]), ("values", values[index])):
             padded = torch.zeros(shape.columns * shape.page_size, heads_kv, dim, dtype=dtype)
-            padded[:context] = row.to(dtype)
+            padded[:context] = layer[name].to(dtype)
             by_page = padded.view(-1, *pool.shape[1:]).to(device)
             for request in range(batch):
                 pool[plan.page_ids[request].long()] = by_page
         queries.append(layer["q"].to(dtype).to(device).expand(batch, -1, -1).contiguous())
-    return shape, Layers(queries, with_summaries(keys, values, plan, bounds_dtype or dtype), plan)
+    caches = with_summaries(keys, values, plan, bounds_dtype or dtype)
+    return shape, Layers(queries, caches, plan, tuple(layer["layer"] for layer in trace["layers"]))

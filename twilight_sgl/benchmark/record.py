@@ -60,7 +60,7 @@ def record_step(
     recorded: dict[int, dict[str, Any]] = {}
 
     def record(
-        module: torch.nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
