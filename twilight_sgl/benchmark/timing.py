@@ -1,6 +1,8 @@
 """Timing on the device by CUDA-graph replay, and what a result row says about its machine."""
 
 import importlib.metadata
+import os
+import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -70,7 +72,7 @@ def _version(name: str) -> str | None:
 
 
 def describe_machine() -> dict[str, str | None]:
-    """GPU, driver-visible versions and the commit of the source tree."""
+    """GPU (None without one), processor, versions and the commit of the source tree."""
     root = Path(__file__).resolve().parents[2]
     try:
         commit = subprocess.run(
@@ -82,7 +84,8 @@ def describe_machine() -> dict[str, str | None]:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,

@@ -1,0 +1,574 @@
+"""The decode benchmark: its arithmetic, and a run against servers that stream scripted tokens."""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streaming_server import StreamingServer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from twilight_sgl.benchmark import __main__ as command
+from twilight_sgl.benchmark import decode
+from twilight_sgl.benchmark.decode import check_loads, choose_backends, parse_urls
+from twilight_sgl.benchmark.decode_figures import (
+    Measured,
+    agreement,
+    budget,
+    build_rows,
+    format_table,
+    percentiles,
+    plot,
+    steady_phase,
+)
+from twilight_sgl.benchmark.prompts import Load, cut_prompts, encode_tokens, parse_loads
+from twilight_sgl.benchmark.servers import fit_at_once, pool_tokens, running, server_flags
+from twilight_sgl.benchmark.streaming import MeasurementError, Stream, generate, open_session
+from twilight_sgl.errors import TwilightError
+
+LOAD = Load("2x1k", 2, 1024)
+
+
+def stream(*chunks: tuple[float, int], sent_s: float = 0.0, ids: list[int] | None = None) -> Stream:
+    return Stream(sent_s, list(chunks), list(range(chunks[-1][1])) if ids is None else ids)
+
+
+def info(context: int, candidates: int, kept: int) -> dict[str, Any]:
+    tokens = {"context_tokens": context, "candidate_tokens": candidates, "kept_tokens": kept}
+    state = {"twilight": {"config": {"p": 0.9}, "budget": tokens}}
+    return {"max_total_num_tokens": 4096, "internal_states": [state]}
+
+
+# Prompts
+
+
+def test_loads_are_requests_times_tokens() -> None:
+    loads = parse_loads("1x28k, 64x1k,2x100,1x28k")
+    expected = [("1x28k", 1, 28672), ("64x1k", 64, 1024), ("2x100", 2, 100)]
+    assert [(load.name, load.requests, load.prompt_tokens) for load in loads] == expected
+
+
+@pytest.mark.parametrize("text", ["", "28k", "0x1k", "1x", "1x0", "x1k", "-1x1k", "2x1k,", "1x1kk"])
+def test_what_is_no_load_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_loads(text)
+
+
+@pytest.mark.parametrize("lead", [[], [-1]], ids=["plain", "after a first token"])
+@pytest.mark.parametrize("shared_prefix", [0, 40])
+@pytest.mark.parametrize("length", [80 + 20, 8 * 100, 5000], ids=["overlapping", "exact", "long"])
+def test_prompts_share_the_prefix_and_nothing_behind_it(
+    length: int, shared_prefix: int, lead: list[int]
+) -> None:
+    load = Load("8x80", 8, 80)
+    ids = list(range(length))
+    prompts = cut_prompts(ids, load, shared_prefix=shared_prefix, seed=3, lead=lead)
+    shared = shared_prefix or len(lead)
+    assert [len(prompt) for prompt in prompts] == [80] * 8
+    assert {tuple(prompt[:shared]) for prompt in prompts} == {tuple([*lead, *ids][:shared])}
+    assert len({prompt[shared] for prompt in prompts}) == 8
+    for prompt in prompts:
+        first = prompt[shared]
+        assert prompt[shared:] == list(range(first, first + 80 - shared))
+
+
+def test_seed_moves_prompts() -> None:
+    ids, load = list(range(10_000)), Load("4x100", 4, 100)
+    one, again, other = (cut_prompts(ids, load, shared_prefix=0, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other
+
+
+@pytest.mark.parametrize("length", [79, 83])
+def test_short_text_is_refused(length: int) -> None:
+    with pytest.raises(TwilightError, match=rf"--text has {length} tokens.*8x80 needs 8"):
+        cut_prompts(list(range(length)), Load("8x80", 8, 80), shared_prefix=0, seed=0)
+
+
+def test_no_more_text_is_encoded_than_needed() -> None:
+    pieces: list[str] = []
+
+    def encode(piece: str) -> list[int]:
+        pieces.append(piece)
+        return [len(piece)] * 1000
+
+    text = "x" * (5 << 18)
+    assert len(encode_tokens(encode, text, 1500)) == 2000
+    assert len(encode_tokens(encode, text, 99_999)) == 5000
+    assert "".join(pieces[2:]) == text
+
+
+# Figures
+
+
+def test_percentiles_are_milliseconds_and_weighted() -> None:
+    values = percentiles([0.001, 0.002, 0.003])
+    assert (values["p50"], values["samples"]) == (pytest.approx(2.0), 3)
+    weighted = percentiles([0.001, 0.010], [98, 2])
+    assert (weighted["p50"], weighted["p95"]) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert weighted["p95"] < percentiles([0.001, 0.010])["p95"]
+
+
+def test_steady_phase_is_where_all_decode() -> None:
+    """What a request did before the last one's first token, or after the first end, is left out."""
+    early = stream((1.0, 1), (5.0, 2), (10.0, 3), (10.2, 5), (10.4, 7), (10.8, 9))
+    late = stream((10.0, 1), (10.2, 2), (10.6, 4))
+    phase = steady_phase([early, late])
+    assert phase["steady_s"] == pytest.approx(0.6)
+    assert phase["steady_tokens"] == 4 + 3
+    assert phase["tokens_per_s"] == pytest.approx(4 / 0.4 + 3 / 0.6)
+    # four tokens at 0.1 s, one and two at 0.2 s
+    assert phase["tpot_ms"]["p50"] == pytest.approx(100)
+    assert phase["tpot_ms"]["p95"] == pytest.approx(200)
+    assert phase["tpot_ms"]["samples"] == 4
+
+
+def test_no_steady_phase_is_an_error() -> None:
+    with pytest.raises(MeasurementError, match=r"all 2 requests decode.*--output-tokens"):
+        steady_phase([stream((1.0, 1), (2.0, 2)), stream((3.0, 1), (4.0, 2))])
+
+
+def test_agreement_counts_up_to_the_first_difference() -> None:
+    ones = [stream((0.0, 4), ids=ids) for ids in ([1, 2, 3, 4], [1, 2, 3, 4], [9, 2, 3, 4])]
+    others = [stream((0.0, 5), ids=ids) for ids in ([1, 2, 3, 4, 5], [1, 2, 9, 4, 5], [1, 2, 3, 4])]
+    result = agreement(ones, others, 4)
+    assert result == {"equal_share": pytest.approx((1 + 0.5 + 0) / 3), "exact_share": 1 / 3}
+    assert agreement(ones, others, 2) == {"equal_share": pytest.approx(2 / 3), "exact_share": 2 / 3}
+
+
+def test_answers_cut_short_agree_only_as_far_as_they_go() -> None:
+    short = [stream((0.0, 2), ids=[1, 2])]
+    assert agreement(short, [stream((0.0, 4))], 4)["exact_share"] == 0
+    assert agreement(short, short, 4) == {"equal_share": 0.5, "exact_share": 0.0}
+
+
+def test_budget_is_of_the_timed_pass() -> None:
+    spent = budget(info(1000, 900, 800), info(3000, 1400, 820))
+    assert spent == {"context_tokens": 2000, "candidate_share": 0.25, "kept_share": 0.01}
+    dense = budget(info(5, 5, 5), info(5, 5, 5))
+    assert dense == {"context_tokens": 0, "candidate_share": None, "kept_share": None}
+    assert budget({"internal_states": [{}]}, info(1, 1, 1)) is None
+
+
+@pytest.fixture
+def rows() -> list[dict[str, Any]]:
+    """`fa3`, and a Twilight that is twice as fast and differs in one of two answers."""
+    slow = [stream((0.1, 1), (1.1, 11), ids=list(range(11))) for _ in range(2)]
+    again = [slow[0], stream((0.2, 1), (1.2, 11), ids=[*range(5), *range(6)])]
+    fast = [stream((0.1, 1), (0.6, 11), ids=ids) for ids in (list(range(11)), [0] * 11)]
+    nothing = {"max_total_num_tokens": 5000}
+    results = [
+        Measured("fa3", LOAD, again, None, slow, nothing, nothing),
+        Measured("twilight", LOAD, fast, None, fast, info(0, 0, 0), info(1000, 250, 20)),
+    ]
+    return build_rows(results, "fa3", 10)
+
+
+def test_rows(rows: list[dict[str, Any]]) -> None:
+    dense, ours = rows
+    assert (dense["load"], dense["requests"], dense["prompt_tokens"]) == ("2x1k", 2, 1024)
+    assert dense["tokens_per_s"] == pytest.approx(20)
+    assert dense["ttft_cold_ms"]["p50"] == pytest.approx(150)
+    assert (dense["throughput_ratio"], dense["budget"], dense["twilight"]) == (1.0, None, None)
+    assert dense["agreement_with"] == "fa3, run twice"
+    assert dense["agreement"] == {"equal_share": 0.75, "exact_share": 0.5}
+    assert ours["throughput_ratio"] == pytest.approx(2)
+    assert ours["tpot_ms"]["p95"] == pytest.approx(50)
+    assert (ours["kv_tokens"], ours["agreement_with"]) == (4096, "fa3")
+    assert ours["agreement"] == {"equal_share": pytest.approx(0.55), "exact_share": 0.5}
+    assert ours["budget"]["kept_share"] == 0.02
+    assert ours["twilight"] == {"p": 0.9}
+
+
+def test_table(rows: list[dict[str, Any]]) -> None:
+    head, rule, dense, ours = format_table(rows).splitlines()[:4]
+    assert head.count("|") == rule.count("|") == dense.count("|") == ours.count("|")
+    assert "to fa3" in head
+    assert "TTFT prefix" not in head
+    assert "| 2x1k | twilight | 100 / 100 |" in ours
+    assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 55.0% | 50.0% |" in ours
+    assert "| 1.00x | 5000 | all | all | 75.0% | 50.0% |" in dense
+
+
+def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    plot(rows, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Choices
+
+
+def test_backends() -> None:
+    assert choose_backends(None, {}, "cuda") == ["fa3", "quest", "twilight"]
+    assert choose_backends(None, {}, "cpu") == ["torch_native", "quest", "twilight"]
+    assert choose_backends(None, {"a": "", "b": ""}, "cpu") == ["a", "b"]
+    assert choose_backends("triton, twilight", {"twilight": ""}, "cpu") == ["triton", "twilight"]
+    for wrong in ("", "fa3,fa3"):
+        with pytest.raises(TwilightError, match="--backends"):
+            choose_backends(wrong, {}, "cpu")
+    with pytest.raises(TwilightError, match="--urls names dense"):
+        choose_backends("twilight", {"dense": ""}, "cpu")
+
+
+def test_urls() -> None:
+    assert parse_urls(["a=http://h:1/", "b=https://h"]) == {"a": "http://h:1", "b": "https://h"}
+    for wrong in ("http://h:1", "=http://h", "a=h:1"):
+        with pytest.raises(TwilightError, match="--urls"):
+            parse_urls([wrong])
+
+
+def test_flags_of_each_backend() -> None:
+    def flags(name: str, device: str = "cuda") -> str:
+        return " ".join(
+            server_flags(
+                name,
+                model="m",
+                p=0.9,
+                dense="fa3",
+                device=device,
+                loads=parse_loads("1x28k,64x1k"),
+                max_total_tokens=4096,
+                extra=["--page-size", "32"],
+            )
+        )
+
+    common = "--model-path m --page-size 16 --sleep-on-idle "
+    assert flags("fa3").startswith(
+        f"{common}--attention-backend fa3 --decode-attention-backend fa3 "
+    )
+    for name, pruner in (("twilight", "top_p"), ("quest", "none")):
+        assert flags(name).startswith(
+            f"{common}--decode-attention-backend twilight --twilight-p 0.9 --twilight-pruner "
+            f"{pruner} --attention-backend fa3 --cuda-graph-max-bs-decode 64 "
+        )
+    assert flags("quest").endswith("--max-total-tokens 4096 --page-size 32")
+    assert "graph" not in flags("quest", "cpu")
+
+
+def test_servers_fit_if_pools_and_weights_do(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=896,
+        num_hidden_layers=24,
+        num_key_value_heads=2,
+        num_attention_heads=14,
+        head_dim=64,
+    )
+    tokens = pool_tokens(parse_loads("32x28k,1x4k"), 1024)
+    assert 32 * (28672 + 1024) < tokens < 1.02 * 32 * (28672 + 1024)
+    assert tokens % 16 == 0
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    names = ["fa3", "quest", "twilight"]
+    assert not fit_at_once(names, tmp_path, config, tokens, "cuda", 80 << 30)  # no weights there
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
+    # 12 KiB of cache a token each, and 2.4 KiB of summaries in two: 11.6 and 13.9 GiB
+    assert fit_at_once(names, tmp_path, config, tokens, "cuda", 60 << 30)
+    assert not fit_at_once(names, tmp_path, config, tokens, "cuda", 50 << 30)
+    assert fit_at_once(["fa3"], tmp_path, config, tokens, "cuda", 20 << 30)
+
+
+def test_loads_beyond_the_context_are_refused() -> None:
+    check_loads([LOAD], 256, 1023, 1024 + 257)
+    with pytest.raises(TwilightError, match=r"--loads 2x1k: 1024 \+ 256 .*context of 1280"):
+        check_loads([LOAD], 256, 0, 1280)
+    with pytest.raises(TwilightError, match=r"--shared-prefix 1024"):
+        check_loads([LOAD], 256, 1024, 9999)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("incremental", [False, True], ids=["cumulative", "incremental"])
+@pytest.mark.parametrize("interval", [1, 4])
+def test_streams_hold_every_token_once(interval: int, incremental: bool) -> None:
+    async def run(url: str) -> list[Stream]:
+        async with open_session() as session:
+            prompts = [[1, 2, 3], [4]]
+            return await generate(session, url, prompts, max_tokens=10, stream_interval=interval)
+
+    with StreamingServer(incremental=incremental) as server:
+        streams = asyncio.run(run(server.url))
+    for answer, start in zip(streams, (6, 4), strict=True):
+        assert answer.token_ids == list(range(start, start + 10))
+        times, counts = zip(*answer.chunks, strict=True)
+        assert list(times) == sorted(times)
+        assert times[0] > answer.sent_s
+        expected = range(1, 11) if interval == 1 else (1, 5, 9, 10)
+        assert list(counts) == list(expected)
+    assert not server.aborted
+
+
+def test_requests_end_once_all_have_decoded_together() -> None:
+    async def run(url: str) -> list[Stream]:
+        async with open_session() as session:
+            return await generate(
+                session, url, [[1], [2], [3]], max_tokens=100_000, phase_tokens=20
+            )
+
+    with StreamingServer() as server:
+        streams = asyncio.run(run(server.url))
+        assert not server.running
+    assert len(server.aborted) == 3
+    assert all(20 < len(answer.token_ids) < 1000 for answer in streams)
+    # A chunk at either end may have come just outside the phase.
+    assert steady_phase(streams)["steady_tokens"] >= 3 * (20 - 2)
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_refusals_of_a_server_are_shown(status: int) -> None:
+    async def run(url: str) -> list[Stream]:
+        async with open_session() as session:
+            return await generate(session, url, [[1]], max_tokens=4)
+
+    refusing = StreamingServer(refusal="the input is too long", refuse_with=status)
+    with refusing as server, pytest.raises(MeasurementError, match="the input is too long"):
+        asyncio.run(run(server.url))
+
+
+# Processes
+
+CHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+LISTEN = """
+import http.server, sys
+from http.server import BaseHTTPRequestHandler as Handler
+Handler.do_GET = lambda self: (self.send_response(200), self.end_headers())
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def run_servers(script: str, logs: Path, name: str = "fa3", start_seconds: float = 60) -> list[str]:
+    launcher = (sys.executable, "-c", script)
+    ready: list[str] = []
+    with running(
+        {name: ("--flag",)},
+        logs,
+        start_seconds=start_seconds,
+        ready=ready.append,
+        launcher=launcher,
+    ) as servers:
+        assert [server.is_ready() for server in servers] == [True]
+        assert servers[0].process is not None
+        servers[0].check()
+    assert servers[0].process.poll() is not None
+    return ready
+
+
+def test_server_is_waited_for_and_ended(tmp_path: Path) -> None:
+    assert run_servers(LISTEN, tmp_path) == ["fa3"]
+
+
+def test_server_that_ends_shows_its_last_lines(tmp_path: Path) -> None:
+    script = "print('loading' * 999); print('out of memory: lower it'); raise SystemExit(3)"
+    with pytest.raises(MeasurementError, match="'fa3' ended with 3") as caught:
+        run_servers(script, tmp_path)
+    assert "out of memory: lower it" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+    assert str(tmp_path / "fa3.log") in str(caught.value)
+
+
+def test_backend_that_sglang_does_not_know_is_named(tmp_path: Path) -> None:
+    script = "raise SystemExit(\"argument --attention-backend: invalid choice: 'fa9' (choose)\")"
+    with pytest.raises(TwilightError, match=r"--backends fa9: .*no such attention backend"):
+        run_servers(script, tmp_path, "fa9")
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_slow_server_is_given_up_with_all_its_processes(tmp_path: Path) -> None:
+    with pytest.raises(MeasurementError, match=r"not ready after .*fa3.*--start-timeout"):
+        run_servers(CHILD, tmp_path, start_seconds=3)
+    (child,) = [int(line.split()[1]) for line in (tmp_path / "fa3.log").open()]
+    assert not is_alive(child)
+
+
+def test_interrupt_ends_all_processes(tmp_path: Path, model: Path) -> None:
+    """The launcher is replaced by a script that never listens; the benchmark waits for it."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import functools, sys\n"
+        "from twilight_sgl.benchmark import __main__ as command, decode, servers\n"
+        f"launcher = (sys.executable, '-c', {CHILD!r})\n"
+        "decode.running = functools.partial(servers.running, launcher=launcher)\n"
+        "sys.exit(command.main())\n"
+    )
+    out = tmp_path / "out"
+    flags = ["--backends", "torch_native,twilight", "--loads", "2x64", "--output-tokens", "8"]
+    flags += ["--text", str(model / "text"), "--side-by-side"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, script, "decode", "--model-path", model, "--out", out, *flags],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        try:
+            logs = [out / "torch_native.log", out / "twilight.log"]
+            deadline = time.monotonic() + 120
+            while not all(path.exists() and "\n" in path.read_text() for path in logs):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            children = [int(path.read_text().split()[1]) for path in logs]
+            assert all(map(is_alive, children))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+    assert not any(map(is_alive, children))
+    assert "interrupted" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_termination_is_an_interrupt(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(decode, "_run", lambda args: signal.raise_signal(number))
+    assert benchmark(monkeypatch) == 130
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizer and configuration of a model with 4096 tokens of context; no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    words = {str(number): number for number in range(2000)} | {"[UNK]": 2000}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    LlamaConfig(max_position_embeddings=4096).save_pretrained(folder)
+    (folder / "text").write_text(" ".join(map(str, range(2000))))
+    return folder
+
+
+def benchmark(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmark", "decode", *map(str, argv)])
+    return command.main()
+
+
+def test_a_run(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with StreamingServer() as dense, StreamingServer(sparse=True, wrong_from=4) as ours:
+        status = benchmark(
+            monkeypatch,
+            *("--model-path", model, "--text", model / "text", "--out", tmp_path),
+            *("--urls", f"dense={dense.url}", f"twilight={ours.url}"),
+            *("--loads", "1x200,3x100", "--output-tokens", "16", "--shared-prefix", "32"),
+            *("--commit", "abc"),
+        )
+    assert status == 0
+    table = capsys.readouterr().out
+    rows = json.loads((tmp_path / "decode.json").read_text())
+    assert [(row["load"], row["backend"]) for row in rows] == [
+        (load, name) for load in ("1x200", "3x100") for name in ("dense", "twilight")
+    ]
+    for row in rows:
+        assert row["commit"] == "abc"
+        assert row["model"] == model.name
+        assert row["command"].startswith("python -m twilight_sgl.benchmark decode --model-path")
+        assert row["kv_tokens"] == 100_000
+        assert row["tokens_per_s"] > 0
+        for name in ("ttft_cold_ms", "ttft_prefix_ms", "ttft_cached_ms"):
+            assert row[name]["samples"] == row["requests"]
+        assert row["sglang"] and row["torch"]
+        differs = row["backend"] == "twilight"
+        assert row["agreement"] == {
+            "equal_share": 4 / 16 if differs else 1.0,
+            "exact_share": 0.0 if differs else 1.0,
+        }
+        shares = (
+            (row["budget"] or {}).get("candidate_share"),
+            (row["budget"] or {}).get("kept_share"),
+        )
+        assert shares == ((pytest.approx(0.25), pytest.approx(0.1)) if differs else (None, None))
+    assert (tmp_path / "decode.md").read_text() in table
+    assert (tmp_path / "decode.png").exists()
+    for server in (dense, ours):
+        assert server.flushes == 2 * 2  # before the cold and the prefix pass of each load
+        sizes = [len(body["input_ids"]) for body in server.requests]
+        assert sizes == [200, 200, 32, 200, 200, *[100] * 3, 32, *[100] * 6]
+        limits = [body["sampling_params"]["max_new_tokens"] for body in server.requests]
+        assert limits == [8, 16, 1, 1, 64, *[16] * 3, 1, *[1] * 3, *[64] * 3]
+    assert [body["input_ids"] for body in dense.requests[:5]] == [
+        body["input_ids"] for body in ours.requests[:5]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "known", "complaint"),
+    [
+        (["--loads", "1x4k"], {}, "--loads 1x4k: 4096 + 16 tokens do not fit"),
+        (["--loads", "1x100"], {"context_length": 110}, "context of 110"),
+        (["--loads", "2x1k"], {"max_total_num_tokens": 999}, "has 999"),
+        (
+            ["--loads", "3x100"],
+            {"internal_states": [{"effective_max_running_requests_per_dp": 2}]},
+            "--max-running-requests",
+        ),
+        (["--loads", "1x1999"], {}, None),
+        (["--loads", "3x1999"], {}, "--text has 2000 tokens"),
+        (["--loads", "1x100", "--text", "nowhere"], {}, "--text nowhere cannot be read"),
+        (["--loads", "1x100", "--model-path", "/not/there"], {}, "--model-path /not/there"),
+        (["--loads", "1x100", "--urls", "dense=http://127.0.0.1:9"], {}, "does not answer"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if value else "nothing",
+)
+def test_what_cannot_run_is_refused_with_the_flag(
+    flags: list[str],
+    known: dict[str, Any],
+    complaint: str | None,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with StreamingServer(info=known) as server:
+        status = benchmark(
+            monkeypatch,
+            *("--model-path", model, "--text", model / "text", "--out", tmp_path / "out"),
+            *("--urls", f"dense={server.url}", "--output-tokens", "16", *flags),
+        )
+    assert status == (2 if complaint else 0)
+    if complaint:
+        assert complaint in capsys.readouterr().err
+        assert not server.requests
+
+
+def test_server_that_fails_is_exit_status_1(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with StreamingServer(refusal="the scheduler died") as server:
+        status = benchmark(
+            monkeypatch,
+            *("--model-path", model, "--text", model / "text", "--out", tmp_path),
+            *("--urls", f"dense={server.url}", "--loads", "1x100"),
+        )
+    assert status == 1
+    assert "the scheduler died" in capsys.readouterr().err

@@ -1,0 +1,466 @@
+"""Decoding of whole servers: dense attention, Quest without pruner and Twilight side by side."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from tqdm import tqdm
+
+from twilight_sgl.benchmark.decode_figures import Measured, build_rows, format_table, plot
+from twilight_sgl.benchmark.prompts import (
+    Load,
+    cut_prompts,
+    encode_tokens,
+    parse_loads,
+    read_text,
+    tokens_needed,
+)
+from twilight_sgl.benchmark.record import parse_tokens
+from twilight_sgl.benchmark.servers import (
+    Server,
+    dense_backend,
+    fit_at_once,
+    free_memory,
+    pool_tokens,
+    running,
+    server_flags,
+)
+from twilight_sgl.benchmark.streaming import (
+    MeasurementError,
+    flush_cache,
+    generate,
+    open_session,
+    server_info,
+)
+from twilight_sgl.embedded_model import EmbeddedModelError, ensure_embedded_model
+from twilight_sgl.errors import TwilightError
+
+# A request that starts first decodes alone until the last one starts; it may take so many times
+# --output-tokens until all have had theirs together.
+SLACK = 4
+CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
+WARM_UP_TOKENS = 8
+
+Prompts = dict[Load, list[list[int]]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", help="folder of a model; the embedded model by default")
+    parser.add_argument(
+        "--backends",
+        help="comma-separated, the first is what others are compared with: twilight, quest (no "
+        "pruner) or a decode backend of SGLang's (default: fa3,quest,twilight; on a CPU "
+        "torch_native,quest,twilight; with --urls those)",
+    )
+    parser.add_argument(
+        "--loads",
+        type=parse_loads,
+        default="1x28k,8x28k,32x28k,64x1k",
+        help="comma-separated, requests x prompt tokens (default: %(default)s)",
+    )
+    parser.add_argument("--output-tokens", type=parse_tokens, default="256", metavar="TOKENS")
+    parser.add_argument(
+        "--shared-prefix",
+        type=parse_tokens,
+        default=0,
+        metavar="TOKENS",
+        help="tokens that the prompts of a load have in common; adds time to first token with "
+        "that prefix cached",
+    )
+    parser.add_argument(
+        "--urls",
+        nargs="+",
+        default=[],
+        metavar="NAME=URL",
+        help="servers that run already; their caches are flushed",
+    )
+    parser.add_argument(
+        "--server-args", default="", help="flags for every server that is started, as one string"
+    )
+    parser.add_argument(
+        "--side-by-side",
+        action=argparse.BooleanOptionalAction,
+        help="start all servers at once, with KV pools as large as the loads need, and take turns "
+        "(default: if they fit); else one after another",
+    )
+    parser.add_argument("--p", type=float, default=0.95, help="--twilight-p of started servers")
+    parser.add_argument("--text", type=Path, help="for the prompts; by default what Python ships")
+    parser.add_argument("--seed", type=int, default=0, help="where in the text prompts begin")
+    parser.add_argument(
+        "--stream-interval",
+        type=int,
+        metavar="TOKENS",
+        help="tokens a chunk (default: a quarter of the requests, at least 1)",
+    )
+    parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS")
+    parser.add_argument("--commit", help="recorded with the rows; read from git by default")
+    parser.add_argument("--out", type=Path, default=Path("decode-benchmark"))
+
+
+def parse_urls(values: Sequence[str]) -> dict[str, str]:
+    """Read NAME=URL pairs.
+
+    Raises:
+        TwilightError: one is no such pair.
+    """
+    urls = {}
+    for value in values:
+        name, _, url = value.partition("=")
+        if not name or not url.startswith(("http://", "https://")):
+            raise TwilightError(f"--urls {value}: pass NAME=URL, e.g. fa3=http://127.0.0.1:30000")
+        urls[name] = url.rstrip("/")
+    return urls
+
+
+def choose_backends(given: str | None, urls: dict[str, str], device: str) -> list[str]:
+    """Names of the backends to compare, in order.
+
+    Raises:
+        TwilightError: none, or one twice, or a URL for one that is not among them.
+    """
+    if given is None:
+        if urls:
+            return list(urls)
+        return ["fa3" if device == "cuda" else "torch_native", "quest", "twilight"]
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise TwilightError(f"--backends {given!r}: name each backend once, e.g. fa3,twilight")
+    if unused := set(urls) - set(names):
+        raise TwilightError(
+            f"--urls names {', '.join(sorted(unused))}, --backends does not: add it there"
+        )
+    return names
+
+
+def check_loads(
+    loads: Sequence[Load], output_tokens: int, shared_prefix: int, context_tokens: int
+) -> None:
+    """Raise TwilightError for a load that the model or the shared prefix has no room for."""
+    for load in loads:
+        if load.prompt_tokens + output_tokens >= context_tokens:
+            raise TwilightError(
+                f"--loads {load.name}: {load.prompt_tokens} + {output_tokens} tokens do not fit "
+                f"the model's context of {context_tokens}: pass shorter prompts, or "
+                "--server-args '--context-length N' if the model goes further"
+            )
+        if shared_prefix >= load.prompt_tokens:
+            raise TwilightError(
+                f"--shared-prefix {shared_prefix} leaves nothing of --loads {load.name}: pass less"
+            )
+
+
+def check_server(server: Server, info: dict[str, Any], loads: Sequence[Load], tokens: int) -> None:
+    """Raise TwilightError for a server that cannot hold all requests of a load at once.
+
+    Args:
+        tokens: of output, at most.
+    """
+    capacity = info.get("max_total_num_tokens")
+    states = info.get("internal_states") or [{}]
+    slots = states[0].get("effective_max_running_requests_per_dp")
+    for load in loads:
+        need = load.requests * (load.prompt_tokens + tokens)
+        if capacity is not None and need > capacity:
+            raise TwilightError(
+                f"--loads {load.name} takes {need} KV tokens, the server of {server.name!r} has "
+                f"{capacity}: pass a smaller load, --no-side-by-side, or more memory in "
+                "--server-args '--mem-fraction-static F'"
+            )
+        if slots is not None and load.requests > slots:
+            raise TwilightError(
+                f"--loads {load.name}: the server of {server.name!r} runs {slots} requests at a "
+                "time: pass --server-args '--max-running-requests N'"
+            )
+
+
+class Benchmark:
+    """What one run of the command holds: the options, prompts and what was measured."""
+
+    def __init__(self, args: argparse.Namespace, prompts: Prompts, context_tokens: int) -> None:
+        self.args = args
+        self.prompts = prompts
+        self.context_tokens = context_tokens
+        self.results: list[Measured] = []
+        self.flags: dict[str, tuple[str, ...]] = {}
+
+    def most_tokens(self, load: Load) -> int:
+        """Output tokens that a request of the timed pass may take."""
+        room = self.context_tokens - load.prompt_tokens - 1
+        return min(SLACK * self.args.output_tokens, room)
+
+    def interval(self, load: Load) -> int:
+        """Tokens a chunk."""
+        return self.args.stream_interval or max(load.requests // CHUNKS_A_STEP, 1)
+
+    async def measure(self, servers: Sequence[Server], progress: tqdm) -> None:
+        """Measure servers in turn, load by load and pass by pass."""
+        self.flags |= {server.name: server.flags for server in servers}
+        async with open_session() as session:
+            for server in servers:
+                info = await server_info(session, server.url)
+                most = max(map(self.most_tokens, self.prompts))
+                check_server(server, info, list(self.prompts), most)
+                first = next(iter(self.prompts.values()))[:1]
+                progress.set_description(f"{server.name}, warm up")
+                await self._generate(session, server, first, max_tokens=WARM_UP_TOKENS)
+            for load in self.prompts:
+                await self._measure_load(session, servers, load, progress)
+
+    async def _measure_load(
+        self,
+        session: aiohttp.ClientSession,
+        servers: Sequence[Server],
+        load: Load,
+        progress: tqdm,
+    ) -> None:
+        prompts, interval = self.prompts[load], self.interval(load)
+        tokens, prefix_tokens = self.args.output_tokens, self.args.shared_prefix
+        cold, prefix = {}, {}
+        for server in servers:
+            progress.set_description(f"{load.name} {server.name}, cold")
+            await flush_cache(session, server.url)
+            cold[server.name] = await self._generate(
+                session, server, prompts, max_tokens=tokens, stream_interval=interval
+            )
+            progress.update()
+        for server in servers if prefix_tokens else ():
+            progress.set_description(f"{load.name} {server.name}, prefix cached")
+            await flush_cache(session, server.url)
+            shared = [prompts[0][:prefix_tokens]]
+            await self._generate(session, server, shared, max_tokens=1)
+            prefix[server.name] = await self._generate(session, server, prompts, max_tokens=1)
+            progress.update()
+        for server in servers:
+            progress.set_description(f"{load.name} {server.name}, timed")
+            before = await server_info(session, server.url)
+            timed = await self._generate(
+                session,
+                server,
+                prompts,
+                max_tokens=self.most_tokens(load),
+                stream_interval=interval,
+                phase_tokens=tokens,
+            )
+            after = await server_info(session, server.url)
+            name = server.name
+            self.results.append(
+                Measured(name, load, cold[name], prefix.get(name), timed, before, after)
+            )
+            progress.update()
+
+    async def _generate(
+        self,
+        session: aiohttp.ClientSession,
+        server: Server,
+        prompts: Sequence[list[int]],
+        **options: Any,
+    ) -> Any:
+        try:
+            return await generate(session, server.url, prompts, **options)
+        except (aiohttp.ClientError, OSError) as error:
+            server.check()
+            raise MeasurementError(f"{server.name!r} at {server.url}: {error!r}") from error
+
+
+def _first_info(urls: dict[str, str]) -> dict[str, Any]:
+    """What each URL's server says, by the first; all must answer."""
+
+    async def ask() -> list[dict[str, Any]]:
+        async with open_session() as session:
+            infos = []
+            for name, url in urls.items():
+                try:
+                    infos.append(await server_info(session, url))
+                except (aiohttp.ClientError, OSError) as error:
+                    raise TwilightError(f"--urls {name}={url} does not answer: {error}") from error
+            return infos
+
+    return asyncio.run(ask())[0]
+
+
+def _load_model_files(path: str, extra: Sequence[str]) -> tuple[Any, Any, int]:
+    """Tokenizer, configuration and context length of a model.
+
+    Raises:
+        TwilightError: they cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise TwilightError(f"--model-path {path} cannot be read: {error}") from error
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--context-length", type=int)
+    given = parser.parse_known_args(list(extra))[0].context_length
+    context = given or config.get_text_config().max_position_embeddings
+    return tokenizer, config, context
+
+
+def _make_prompts(args: argparse.Namespace, tokenizer: Any) -> Prompts:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    need = max(tokens_needed(load, args.shared_prefix) for load in args.loads)
+    ids = encode_tokens(encode, read_text(args.text, need), need)
+    lead = list(tokenizer("").input_ids)
+    return {
+        load: cut_prompts(ids, load, shared_prefix=args.shared_prefix, seed=args.seed, lead=lead)
+        for load in args.loads
+    }
+
+
+def _groups(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    urls: dict[str, str],
+    model: str,
+    config: Any,
+    most_tokens: int,
+    device: str,
+) -> list[dict[str, tuple[str, ...]]]:
+    """Flags by name of the servers to start, one group after another; none for one that runs."""
+    tokens: int | None = pool_tokens(args.loads, most_tokens)
+    start = [name for name in names if name not in urls]
+    at_once = args.side_by_side
+    if at_once is None:
+        at_once = len(start) < 2 or fit_at_once(
+            start, Path(model), config, tokens or 0, device, free_memory(device)
+        )
+        if not at_once:
+            print("servers run one after another: they may not fit at once", file=sys.stderr)
+    if not at_once and device == "cuda":
+        tokens = None
+    extra = shlex.split(args.server_args)
+    flags: dict[str, tuple[str, ...]] = {
+        name: server_flags(
+            name,
+            model=model,
+            p=args.p,
+            dense=dense_backend(names),
+            device=device,
+            loads=args.loads,
+            max_total_tokens=tokens,
+            extra=extra,
+        )
+        if name in start
+        else ()
+        for name in names
+    }
+    return [flags] if at_once else [{name: flags[name]} for name in names]
+
+
+@contextlib.contextmanager
+def _servers(
+    group: dict[str, tuple[str, ...]], urls: dict[str, str], args: argparse.Namespace
+) -> Iterator[list[Server]]:
+    """A group's servers, in order: those that run, and those that are started here."""
+    start = {name: flags for name, flags in group.items() if name not in urls}
+    bar = tqdm(total=len(start), desc="starting", unit="server", disable=not start)
+
+    def ready(name: str) -> None:
+        bar.set_description(f"{name} is ready")
+        bar.update()
+
+    with bar, running(start, args.out, start_seconds=args.start_timeout, ready=ready) as started:
+        bar.close()
+        by_name = {server.name: server for server in started}
+        yield [by_name.get(name) or Server(name, urls[name]) for name in group]
+
+
+def _run(args: argparse.Namespace) -> None:
+    import torch
+
+    from twilight_sgl.benchmark.timing import describe_machine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    urls = parse_urls(args.urls)
+    names = choose_backends(args.backends, urls, device)
+    model = args.model_path
+    info = _first_info(urls) if urls else {}
+    if model is None and urls:
+        model = info.get("tokenizer_path") or info["model_path"]
+    if model is None:
+        model = str(ensure_embedded_model())
+    tokenizer, config, context = _load_model_files(model, shlex.split(args.server_args))
+    context = info.get("context_length") or context
+    check_loads(args.loads, args.output_tokens, args.shared_prefix, context)
+    args.out.mkdir(parents=True, exist_ok=True)
+    benchmark = Benchmark(args, _make_prompts(args, tokenizer), context)
+    most = max(map(benchmark.most_tokens, args.loads))
+    groups = _groups(args, names, urls, model, config, most, device)
+    passes = len(names) * len(args.loads) * (3 if args.shared_prefix else 2)
+    for group in groups:
+        with _servers(group, urls, args) as servers:
+            share = passes * len(group) // len(names)
+            with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
+                asyncio.run(benchmark.measure(servers, progress))
+    machine = describe_machine()
+    if args.commit:
+        machine["commit"] = args.commit
+    order = {name: place for place, name in enumerate(names)}
+    results = sorted(benchmark.results, key=lambda result: order[result.backend])
+    about = {
+        "model": Path(model).name,
+        "shared_prefix_tokens": args.shared_prefix,
+        "side_by_side": len(groups) == 1,
+        "seed": args.seed,
+        "command": shlex.join(["python", "-m", "twilight_sgl.benchmark", *sys.argv[1:]]),
+        **machine,
+    }
+    rows = [
+        {
+            **row,
+            "stream_interval": benchmark.interval(load),
+            "server_flags": list(benchmark.flags[row["backend"]]),
+            **about,
+        }
+        for row in build_rows(results, names[0], args.output_tokens)
+        for load in args.loads
+        if load.name == row["load"]
+    ]
+    table = format_table(rows)
+    (args.out / "decode.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.out / "decode.md").write_text(table)
+    print(f"{about['model']}, {machine['gpu'] or machine['cpu']}\n\n{table}")
+    try:
+        plot(rows, args.out / "decode.png")
+    except Exception as failure:  # the figures are saved; a plotting library may be broken
+        print(f"no plot: {type(failure).__name__}: {failure}", file=sys.stderr)
+    print(f"wrote {args.out / 'decode.json'}, decode.md and decode.png", file=sys.stderr)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the benchmark.
+
+    Returns:
+        0; 1 where a server failed; 2 for what cannot be run as asked; 130 after Ctrl-C or SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _run(args)
+    except MeasurementError as error:
+        print(f"twilight_sgl.benchmark decode: {error}", file=sys.stderr)
+        return 1
+    except (TwilightError, EmbeddedModelError) as error:
+        print(f"twilight_sgl.benchmark decode: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; all servers that were started are ended", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0

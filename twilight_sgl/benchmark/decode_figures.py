@@ -1,0 +1,251 @@
+"""Figures of the decode benchmark: from streams to rows, a table and a picture."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twilight_sgl.benchmark.prompts import Load
+from twilight_sgl.benchmark.streaming import MeasurementError, Stream
+
+PERCENTILES = (5, 20, 50, 80, 95)
+COLOURS = ("#8c8c8c", "#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One backend under one load.
+
+    Attributes:
+        cold: answers with an empty radix cache.
+        prefix: with only the shared prefix cached, if there is one.
+        timed: with the prompts cached.
+        before, after: `/server_info` around the timed pass.
+    """
+
+    backend: str
+    load: Load
+    cold: list[Stream]
+    prefix: list[Stream] | None
+    timed: list[Stream]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def percentiles(values: Sequence[float], weights: Sequence[int] | None = None) -> dict[str, float]:
+    """Percentiles of samples in seconds, as milliseconds; a sample may stand for several."""
+    each = np.repeat(values, weights) if weights is not None else np.asarray(values)
+    points = np.percentile(each * 1000, PERCENTILES)
+    return {f"p{p}": float(point) for p, point in zip(PERCENTILES, points, strict=True)} | {
+        "samples": len(values)
+    }
+
+
+def steady_phase(streams: Sequence[Stream]) -> dict[str, Any]:
+    """Speed while all requests decode: from the last one's first token to the first one's last.
+
+    A chunk of several tokens gives that many equal times per token. Throughput is the sum of the
+    requests' own rates, each between its first and last chunk of the phase.
+
+    Returns:
+        `tpot_ms` percentiles of milliseconds a token, `tokens_per_s`, `steady_s`, `steady_tokens`.
+    Raises:
+        MeasurementError: there is no such phase.
+    """
+    start = max(stream.chunks[0][0] for stream in streams)
+    end = min(stream.chunks[-1][0] for stream in streams)
+    gaps: list[float] = []
+    counts: list[int] = []
+    rate = 0.0
+    for stream in streams:
+        within = [chunk for chunk in stream.chunks if start <= chunk[0] <= end]
+        if len(within) < 2:
+            raise MeasurementError(
+                f"at no time did all {len(streams)} requests decode: the first ended before the "
+                "last had begun; pass more --output-tokens"
+            )
+        for (time_before, tokens_before), (time, tokens) in itertools.pairwise(within):
+            counts.append(tokens - tokens_before)
+            gaps.append((time - time_before) / (tokens - tokens_before))
+        (first_s, first), (last_s, last) = within[0], within[-1]
+        rate += (last - first) / (last_s - first_s)
+    return {
+        "tpot_ms": percentiles(gaps, counts),
+        "tokens_per_s": rate,
+        "steady_s": end - start,
+        "steady_tokens": sum(counts),
+    }
+
+
+def agreement(
+    answers: Sequence[Stream], others: Sequence[Stream], tokens: int
+) -> dict[str, float | int]:
+    """How far greedy answers are the same.
+
+    Returns:
+        `equal_share`: of each request's first `tokens` output tokens, the share before the first
+        difference, averaged; `exact_share`: of requests that do not differ in them.
+    """
+    shares = []
+    for one, two in zip(answers, others, strict=True):
+        pairs = zip(one.token_ids[:tokens], two.token_ids[:tokens], strict=False)
+        equal = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if equal is None:
+            equal = min(len(one.token_ids), len(two.token_ids), tokens)
+        shares.append(equal / tokens)
+    return {
+        "equal_share": sum(shares) / len(shares),
+        "exact_share": sum(share == 1 for share in shares) / len(shares),
+    }
+
+
+def twilight_state(info: dict[str, Any]) -> dict[str, Any] | None:
+    """Twilight's part of `/server_info`, None for a server that decodes otherwise."""
+    states = info.get("internal_states") or [{}]
+    return states[0].get("twilight")
+
+
+def budget(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any] | None:
+    """Budgets between two `/server_info`, as shares of the context; None without Twilight.
+
+    Shares are None where no decode step was sparse.
+    """
+    states = (twilight_state(before), twilight_state(after))
+    if states[0] is None or states[1] is None:
+        return None
+    old, new = states[0]["budget"], states[1]["budget"]
+    context, candidates, kept = (
+        new[name] - old[name] for name in ("context_tokens", "candidate_tokens", "kept_tokens")
+    )
+    return {
+        "context_tokens": context,
+        "candidate_share": candidates / context if context else None,
+        "kept_share": kept / context if context else None,
+    }
+
+
+def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
+    """One row a backend and load, by load; ratios and agreement are to the backend `first`.
+
+    The first backend's own agreement is that of its two passes: noise.
+    """
+    reference = {result.load: result for result in results if result.backend == first}
+    rows = []
+    for load in dict.fromkeys(result.load for result in results):
+        base = steady_phase(reference[load].timed)["tokens_per_s"]
+        for result in (result for result in results if result.load == load):
+            speed = steady_phase(result.timed)
+            other = reference[load].timed if result.backend != first else result.cold
+            state = twilight_state(result.after)
+            row: dict[str, Any] = {
+                "load": load.name,
+                "backend": result.backend,
+                "requests": load.requests,
+                "prompt_tokens": load.prompt_tokens,
+                "output_tokens": output_tokens,
+                "ttft_cold_ms": percentiles([stream.first_token_s for stream in result.cold]),
+                "ttft_cached_ms": percentiles([stream.first_token_s for stream in result.timed]),
+                **speed,
+                "throughput_ratio": speed["tokens_per_s"] / base,
+                "ratio_to": first,
+                "kv_tokens": result.after.get("max_total_num_tokens"),
+                "budget": budget(result.before, result.after),
+                "agreement": agreement(result.timed, other, output_tokens),
+                "agreement_with": first if result.backend != first else f"{first}, run twice",
+                "twilight": state["config"] if state else None,
+            }
+            if result.prefix is not None:
+                ttft = percentiles([stream.first_token_s for stream in result.prefix])
+                row["ttft_prefix_ms"] = ttft
+            rows.append(row)
+    return rows
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _pair(values: dict[str, float]) -> str:
+    return f"{_number(values['p50'])} / {_number(values['p95'])}"
+
+
+def _share(value: float | None) -> str:
+    return "all" if value is None else f"{value:.1%}"
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; times in milliseconds, p50 / p95."""
+    first = rows[0]["ratio_to"]
+    with_prefix = any("ttft_prefix_ms" in row for row in rows)
+    head = ["load", "backend", "TTFT cold"]
+    head += ["TTFT prefix cached"] if with_prefix else []
+    head += ["TTFT all cached", "ms a token", "tokens/s", f"to {first}", "KV tokens"]
+    head += ["candidates", "kept", "equal", "exact"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        spent = row["budget"] or {}
+        lines.append(
+            [
+                row["load"],
+                row["backend"],
+                _pair(row["ttft_cold_ms"]),
+                *([_pair(row["ttft_prefix_ms"])] if with_prefix else []),
+                _pair(row["ttft_cached_ms"]),
+                _pair(row["tpot_ms"]),
+                _number(row["tokens_per_s"]),
+                f"{row['throughput_ratio']:.2f}x",
+                str(row["kv_tokens"]),
+                _share(spent.get("candidate_share")),
+                _share(spent.get("kept_share")),
+                f"{row['agreement']['equal_share']:.1%}",
+                f"{row['agreement']['exact_share']:.1%}",
+            ]
+        )
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"{text}\n\nTimes are ms, p50 / p95. Candidates and kept are of the context. Equal: output "
+        f"tokens before the first that differs from {first}'s; exact: requests without one; "
+        f"{first}'s own are of two runs of it.\n"
+    )
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw throughput to the first backend's, and tokens attended to, by load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    loads = list(dict.fromkeys(row["load"] for row in rows))
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    by_place = {(row["load"], row["backend"]): row for row in rows}
+    figure, (speeds, budgets) = pyplot.subplots(1, 2, figsize=(4 + 2 * len(loads), 4))
+    width = 0.8 / len(backends)
+    for index, backend in enumerate(backends):
+        colour = COLOURS[index % len(COLOURS)]
+        for place, load in enumerate(loads):
+            row = by_place[load, backend]
+            x = place + (index - (len(backends) - 1) / 2) * width
+            ratio, label = row["throughput_ratio"], backend if place == 0 else None
+            speeds.bar(x, ratio, width, color=colour, label=label)
+            speeds.text(x, ratio, f"{ratio:.2f}x", ha="center", va="bottom", fontsize=7)
+            kept = (row["budget"] or {}).get("kept_share")
+            share = 1.0 if kept is None else kept
+            budgets.bar(x, share, width, color=colour)
+            budgets.text(x, share, f"{share:.1%}", ha="center", va="bottom", fontsize=7)
+    for axes, title in (
+        (speeds, f"output throughput to {rows[0]['ratio_to']}"),
+        (budgets, "tokens attended to, of the context"),
+    ):
+        axes.set_xticks(range(len(loads)), loads)
+        axes.set_title(title, fontsize=10)
+    budgets.set_yscale("log")
+    speeds.axhline(1.0, color="black", linewidth=0.8)
+    speeds.legend(fontsize=8)
+    figure.suptitle(f"{rows[0].get('model')}, {rows[0].get('gpu') or rows[0].get('cpu')}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
