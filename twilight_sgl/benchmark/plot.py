@@ -9,6 +9,7 @@ COLOURS = {
     "top_p": "#8172b3",
     "union": "#64b5cd",
     "attend": "#ccb974",
+    "decode": "#8c8c8c",  # all of them in one launch
 }
 
 
