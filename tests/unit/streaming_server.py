@@ -18,6 +18,7 @@ class StreamingServer:
         info: more of `/server_info`.
         incremental: chunks hold new tokens only, as with --incremental-streaming-output.
         refusal: an error that `/generate` answers with; `refuse_with` is its status.
+        drops: it breaks the connection instead of an answer.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class StreamingServer:
         incremental: bool = False,
         refusal: str = "",
         refuse_with: int = 200,
+        drops: bool = False,
     ) -> None:
         self.wrong_from, self.sparse, self.info = wrong_from, sparse, info or {}
         self.incremental, self.refusal, self.refuse_with = incremental, refusal, refuse_with
+        self.drops = drops
         self.requests: list[dict[str, Any]] = []
         self.flushes = 0
         self.running: set[str] = set()
@@ -81,6 +84,9 @@ class StreamingServer:
             return web.Response(status=self.refuse_with, text=self.refusal)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if self.drops and request.transport is not None:
+            request.transport.abort()
+            return response
         if self.refusal:
             await self._send(response, {"error": {"message": self.refusal}})
             return response

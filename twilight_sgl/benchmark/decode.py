@@ -7,23 +7,28 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 from tqdm import tqdm
 
 from twilight_sgl.benchmark.decode_figures import Measured, build_rows, format_table, plot
+from twilight_sgl.benchmark.decode_options import (
+    add_arguments,
+    check_loads,
+    check_server,
+    choose_backends,
+    parse_urls,
+)
 from twilight_sgl.benchmark.prompts import (
     Load,
     cut_prompts,
     encode_tokens,
-    parse_loads,
     read_text,
     tokens_needed,
 )
-from twilight_sgl.benchmark.record import parse_tokens
 from twilight_sgl.benchmark.servers import (
     Server,
     dense_backend,
@@ -48,137 +53,12 @@ from twilight_sgl.errors import TwilightError
 SLACK = 4
 CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
 WARM_UP_TOKENS = 8
+ENDING_SECONDS = 5.0  # from a broken connection to the end of the process, if that is why
+
+__all__ = ["add_arguments", "main"]
 
 Prompts = dict[Load, list[list[int]]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-path", help="folder of a model; the embedded model by default")
-    parser.add_argument(
-        "--backends",
-        help="comma-separated, the first is what others are compared with: twilight, quest (no "
-        "pruner) or a decode backend of SGLang's (default: fa3,quest,twilight; on a CPU "
-        "torch_native,quest,twilight; with --urls those)",
-    )
-    parser.add_argument(
-        "--loads",
-        type=parse_loads,
-        default="1x28k,8x28k,32x28k,64x1k",
-        help="comma-separated, requests x prompt tokens (default: %(default)s)",
-    )
-    parser.add_argument("--output-tokens", type=parse_tokens, default="256", metavar="TOKENS")
-    parser.add_argument(
-        "--shared-prefix",
-        type=parse_tokens,
-        default=0,
-        metavar="TOKENS",
-        help="tokens that the prompts of a load have in common; adds time to first token with "
-        "that prefix cached",
-    )
-    parser.add_argument(
-        "--urls",
-        nargs="+",
-        default=[],
-        metavar="NAME=URL",
-        help="servers that run already; their caches are flushed",
-    )
-    parser.add_argument(
-        "--server-args", default="", help="flags for every server that is started, as one string"
-    )
-    parser.add_argument(
-        "--side-by-side",
-        action=argparse.BooleanOptionalAction,
-        help="start all servers at once, with KV pools as large as the loads need, and take turns "
-        "(default: if they fit); else one after another",
-    )
-    parser.add_argument("--p", type=float, default=0.95, help="--twilight-p of started servers")
-    parser.add_argument("--text", type=Path, help="for the prompts; by default what Python ships")
-    parser.add_argument("--seed", type=int, default=0, help="where in the text prompts begin")
-    parser.add_argument(
-        "--stream-interval",
-        type=int,
-        metavar="TOKENS",
-        help="tokens a chunk (default: a quarter of the requests, at least 1)",
-    )
-    parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS")
-    parser.add_argument("--commit", help="recorded with the rows; read from git by default")
-    parser.add_argument("--out", type=Path, default=Path("decode-benchmark"))
-
-
-def parse_urls(values: Sequence[str]) -> dict[str, str]:
-    """Read NAME=URL pairs.
-
-    Raises:
-        TwilightError: one is no such pair.
-    """
-    urls = {}
-    for value in values:
-        name, _, url = value.partition("=")
-        if not name or not url.startswith(("http://", "https://")):
-            raise TwilightError(f"--urls {value}: pass NAME=URL, e.g. fa3=http://127.0.0.1:30000")
-        urls[name] = url.rstrip("/")
-    return urls
-
-
-def choose_backends(given: str | None, urls: dict[str, str], device: str) -> list[str]:
-    """Names of the backends to compare, in order.
-
-    Raises:
-        TwilightError: none, or one twice, or a URL for one that is not among them.
-    """
-    if given is None:
-        if urls:
-            return list(urls)
-        return ["fa3" if device == "cuda" else "torch_native", "quest", "twilight"]
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise TwilightError(f"--backends {given!r}: name each backend once, e.g. fa3,twilight")
-    if unused := set(urls) - set(names):
-        raise TwilightError(
-            f"--urls names {', '.join(sorted(unused))}, --backends does not: add it there"
-        )
-    return names
-
-
-def check_loads(
-    loads: Sequence[Load], output_tokens: int, shared_prefix: int, context_tokens: int
-) -> None:
-    """Raise TwilightError for a load that the model or the shared prefix has no room for."""
-    for load in loads:
-        if load.prompt_tokens + output_tokens >= context_tokens:
-            raise TwilightError(
-                f"--loads {load.name}: {load.prompt_tokens} + {output_tokens} tokens do not fit "
-                f"the model's context of {context_tokens}: pass shorter prompts, or "
-                "--server-args '--context-length N' if the model goes further"
-            )
-        if shared_prefix >= load.prompt_tokens:
-            raise TwilightError(
-                f"--shared-prefix {shared_prefix} leaves nothing of --loads {load.name}: pass less"
-            )
-
-
-def check_server(server: Server, info: dict[str, Any], loads: Sequence[Load], tokens: int) -> None:
-    """Raise TwilightError for a server that cannot hold all requests of a load at once.
-
-    Args:
-        tokens: of output, at most.
-    """
-    capacity = info.get("max_total_num_tokens")
-    states = info.get("internal_states") or [{}]
-    slots = states[0].get("effective_max_running_requests_per_dp")
-    for load in loads:
-        need = load.requests * (load.prompt_tokens + tokens)
-        if capacity is not None and need > capacity:
-            raise TwilightError(
-                f"--loads {load.name} takes {need} KV tokens, the server of {server.name!r} has "
-                f"{capacity}: pass a smaller load, --no-side-by-side, or more memory in "
-                "--server-args '--mem-fraction-static F'"
-            )
-        if slots is not None and load.requests > slots:
-            raise TwilightError(
-                f"--loads {load.name}: the server of {server.name!r} runs {slots} requests at a "
-                "time: pass --server-args '--max-running-requests N'"
-            )
+Answer = TypeVar("Answer")
 
 
 class Benchmark:
@@ -205,12 +85,13 @@ class Benchmark:
         self.flags |= {server.name: server.flags for server in servers}
         async with open_session() as session:
             for server in servers:
-                info = await server_info(session, server.url)
+                info = await _ask(server, server_info(session, server.url))
                 most = max(map(self.most_tokens, self.prompts))
                 check_server(server, info, list(self.prompts), most)
                 first = next(iter(self.prompts.values()))[:1]
                 progress.set_description(f"{server.name}, warm up")
-                await self._generate(session, server, first, max_tokens=WARM_UP_TOKENS)
+                url = server.url
+                await _ask(server, generate(session, url, first, max_tokens=WARM_UP_TOKENS))
             for load in self.prompts:
                 await self._measure_load(session, servers, load, progress)
 
@@ -226,48 +107,51 @@ class Benchmark:
         cold, prefix = {}, {}
         for server in servers:
             progress.set_description(f"{load.name} {server.name}, cold")
-            await flush_cache(session, server.url)
-            cold[server.name] = await self._generate(
-                session, server, prompts, max_tokens=tokens, stream_interval=interval
+            await _ask(server, flush_cache(session, server.url))
+            answer = generate(
+                session, server.url, prompts, max_tokens=tokens, stream_interval=interval
             )
+            cold[server.name] = await _ask(server, answer)
             progress.update()
         for server in servers if prefix_tokens else ():
             progress.set_description(f"{load.name} {server.name}, prefix cached")
-            await flush_cache(session, server.url)
+            await _ask(server, flush_cache(session, server.url))
             shared = [prompts[0][:prefix_tokens]]
-            await self._generate(session, server, shared, max_tokens=1)
-            prefix[server.name] = await self._generate(session, server, prompts, max_tokens=1)
+            await _ask(server, generate(session, server.url, shared, max_tokens=1))
+            answer = generate(session, server.url, prompts, max_tokens=1)
+            prefix[server.name] = await _ask(server, answer)
             progress.update()
         for server in servers:
             progress.set_description(f"{load.name} {server.name}, timed")
-            before = await server_info(session, server.url)
-            timed = await self._generate(
+            before = await _ask(server, server_info(session, server.url))
+            answer = generate(
                 session,
-                server,
+                server.url,
                 prompts,
                 max_tokens=self.most_tokens(load),
                 stream_interval=interval,
                 phase_tokens=tokens,
             )
-            after = await server_info(session, server.url)
+            timed = await _ask(server, answer)
+            after = await _ask(server, server_info(session, server.url))
             name = server.name
             self.results.append(
                 Measured(name, load, cold[name], prefix.get(name), timed, before, after)
             )
             progress.update()
 
-    async def _generate(
-        self,
-        session: aiohttp.ClientSession,
-        server: Server,
-        prompts: Sequence[list[int]],
-        **options: Any,
-    ) -> Any:
-        try:
-            return await generate(session, server.url, prompts, **options)
-        except (aiohttp.ClientError, OSError) as error:
-            server.check()
-            raise MeasurementError(f"{server.name!r} at {server.url}: {error!r}") from error
+
+async def _ask(server: Server, answer: Awaitable[Answer]) -> Answer:
+    """What a server answers.
+
+    Raises:
+        MeasurementError: it ended, with the end of its log, or the connection did.
+    """
+    try:
+        return await answer
+    except (aiohttp.ClientError, OSError) as error:
+        await asyncio.to_thread(server.check, ENDING_SECONDS)
+        raise MeasurementError(f"{server.name!r} at {server.url}: {error!r}") from error
 
 
 def _first_info(urls: dict[str, str]) -> dict[str, Any]:
@@ -432,11 +316,13 @@ def _run(args: argparse.Namespace) -> None:
     (args.out / "decode.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "decode.md").write_text(table)
     print(f"{about['model']}, {machine['gpu'] or machine['cpu']}\n\n{table}")
+    written = ["decode.json", "decode.md"]
     try:
         plot(rows, args.out / "decode.png")
+        written.append("decode.png")
     except Exception as failure:  # the figures are saved; a plotting library may be broken
         print(f"no plot: {type(failure).__name__}: {failure}", file=sys.stderr)
-    print(f"wrote {args.out / 'decode.json'}, decode.md and decode.png", file=sys.stderr)
+    print(f"wrote {', '.join(str(args.out / name) for name in written)}", file=sys.stderr)
 
 
 def _interrupt(*_: Any) -> None:

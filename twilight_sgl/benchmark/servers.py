@@ -44,9 +44,13 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
 
-    def check(self) -> None:
-        """Raise MeasurementError, with the end of its log, if it has ended."""
-        if self.process is None or self.log is None or self.process.poll() is None:
+    def check(self, wait_seconds: float = 0) -> None:
+        """Raise MeasurementError, with the end of its log, if it has ended or does in the wait."""
+        if self.process is None or self.log is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait_seconds)
+        if self.process.returncode is None:
             return
         lines = self.log.read_text(errors="replace").splitlines()
         end = "\n  ".join(line[:_LINE_CHARACTERS] for line in lines[-_LOG_LINES:])
