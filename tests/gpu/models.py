@@ -232,6 +232,7 @@ GPT_OSS = {
     "intermediate_size": 512,
     "layer_types": SLIDING_AND_FULL,
     "sliding_window": WINDOW,
+    "swiglu_limit": 7.0,
 }
 GEMMA = {
     "head_dim": 256,
@@ -244,6 +245,7 @@ QWEN3_NEXT = {
     **EXPERTS,
     "head_dim": 256,
     "shared_expert_intermediate_size": 256,
+    "full_attention_interval": 4,
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
@@ -266,7 +268,7 @@ FAMILIES = {
     "mistral": Family("mistral", {"sliding_window": None}),
     # SGLang attends to everything in Mistral models, whatever window they name.
     "mistral-window": Family("mistral", {"sliding_window": WINDOW}),
-    "gemma2": Family("gemma2", GEMMA, selecting_layers=2),
+    "gemma2": Family("gemma2", {**GEMMA, "hidden_act": "gelu_pytorch_tanh"}, selecting_layers=2),
     "gemma3": Family("gemma3_text", GEMMA, selecting_layers=2),
     "gpt-oss": Family("gpt_oss", GPT_OSS, selecting_layers=2),
     "qwen3-next": Family(
