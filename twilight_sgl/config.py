@@ -17,7 +17,7 @@ ENVIRONMENT_VARIABLE = "TWILIGHT_CONFIG"
 FLAG_PREFIX = "--twilight-"
 ESTIMATORS = ("int4", "exact")
 PRUNERS = ("top_p", "none")
-BOUNDS = ("keys", "float8")
+BOUNDS = ("auto", "float8", "keys")
 PAGE_SIZES = (16, 32, 64)
 
 
@@ -47,7 +47,9 @@ class TwilightConfig:
         "top_p", "what cuts the candidates: top-p, or none to attend to all of them, whatever p is"
     )
     bounds: str = _knob(
-        "keys", "type of the page bounds that selection reads: that of the KV cache, or float8"
+        "auto",
+        "type of the page bounds that selection reads: float8, that of the KV cache, or float8 "
+        "where the GPU has it",
     )
     skip_layers: tuple[int, ...] = _knob(
         (0, 1), "layers that stay dense: comma-separated ids, or 'none'"

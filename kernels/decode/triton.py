@@ -32,7 +32,7 @@ from twilight_sgl.kernels.launch import (
 )
 from twilight_sgl.kernels.page_score.triton import bound_pages, score_dtype, split_by_sign
 from twilight_sgl.kernels.select.triton import choose_pages, zero_group
-from twilight_sgl.kernels.top_p.triton import find_threshold, keep_any
+from twilight_sgl.kernels.top_p.triton import find_thresholds, keep_any
 
 MOST_COLUMNS = 2048
 _FEW_PAIRS = 8
@@ -142,6 +142,7 @@ def _decode_kernel(
     DV_PAD: tl.constexpr,
     COLUMNS_PAD: tl.constexpr,
     CAPACITY: tl.constexpr,
+    HEADS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     SCORE_PAGES: tl.constexpr,
     SCORE_STAGES: tl.constexpr,
@@ -204,8 +205,8 @@ def _decode_kernel(
         positive, negative = split_by_sign(q_group_ptr, stride_q_head, SCORE, G, G_PAD, D, D_PAD)
         full_pages = (length - 1) // PS
         step = parts * SCORE_PAGES
-        for first in tl.range(part * SCORE_PAGES, full_pages, step, num_stages=SCORE_STAGES):
-            column = first + tl.arange(0, SCORE_PAGES)
+        for start in tl.range(part * SCORE_PAGES, full_pages, step, num_stages=SCORE_STAGES):
+            column = start + tl.arange(0, SCORE_PAGES)
             inside = column < full_pages
             page = tl.load(row_page_ids_ptr + column, inside, other=0)
             bound = bound_pages(
@@ -278,18 +279,11 @@ def _decode_kernel(
         _meet(arrivals_ptr, 2 * parts, parts)
 
         mass = tl.load(p_ptr + row)
-        for member in range(part, G, parts):
-            threshold = find_threshold(
-                pair_logits_ptr + member * (width * PS),
-                tokens,
-                mass,
-                STEPS,
-                CAPACITY,
-                CAPACITY,
-                False,
-                True,
-            )
-            tl.store(thresholds_ptr + pair * G + member, threshold)
+        for first in range(part * HEADS, G, parts * HEADS):
+            member = first + tl.arange(0, HEADS)
+            rows_ptr = pair_logits_ptr + tl.minimum(member, G - 1) * (width * PS)
+            found = find_thresholds(rows_ptr, tokens, mass, STEPS, HEADS, CAPACITY)
+            tl.store(thresholds_ptr + pair * G + member, found, member < G)
         _meet(arrivals_ptr, 3 * parts, parts)
 
         first_token = first_page * PS
@@ -382,19 +376,20 @@ def _decode_kernel(
                 tl.store(arrivals_ptr, 0)
 
 
-def _tiling(pairs: int) -> tuple[int, int]:
-    """Warps of a program, and programs that an SM holds at once.
+def _tiling(pairs: int, key_bytes: int) -> tuple[int, int]:
+    """Warps of a program, and programs that an SM surely holds at once.
 
-    An SM's 64 Ki registers are 255 for each thread of 8 warps, the most the compiler takes.
+    An SM's 64 Ki registers are 255 for each thread of 8 warps, the most the compiler takes, and
+    with keys of 2 bytes no stage's tiles take half its shared memory (tests/gpu checks that).
     """
-    return (8, 1) if pairs <= _FEW_PAIRS else (4, 2)
+    return (8, 1) if pairs <= _FEW_PAIRS or key_bytes > 2 else (4, 2)
 
 
-def decode_parts(pairs: int, device: torch.device) -> int:
+def decode_parts(pairs: int, key_bytes: int, device: torch.device) -> int:
     """Programs for each of `pairs` (request, KV head)s."""
     if is_interpreted():
         return 1  # it runs one program at a time
-    _, at_once = _tiling(pairs)
+    _, at_once = _tiling(pairs, key_bytes)
     return max(1, min(MOST_PARTS, grid_programs(device, at_once) // pairs))
 
 
@@ -448,7 +443,8 @@ def decode_layer(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     pairs = batch * heads_kv
-    parts = decode_parts(pairs, q.device)
+    key_bytes = key_cache.element_size()
+    parts = decode_parts(pairs, key_bytes, q.device)
     interpreted = is_interpreted()
     _decode_kernel[(pairs * parts,)](
         q,
@@ -511,14 +507,15 @@ def decode_layer(
         DV_PAD=dim_v_pad,
         COLUMNS_PAD=max(16, triton.next_power_of_2(page_ids.shape[1])),
         CAPACITY=max(16, triton.next_power_of_2(logits.shape[-1])),
+        HEADS=1 if group <= parts else 2,
         PARTS_PAD=MOST_PARTS,
         SCORE_PAGES=16 if interpreted else 64 if dim <= 128 else 32,
-        SCORE_STAGES=1 if interpreted else 3,
+        SCORE_STAGES=1 if interpreted else 5,
         ESTIMATE_TOKENS=max(64 if interpreted else 128, page_size),
         ESTIMATE_STAGES=1 if interpreted else 5,
-        UNITE_TOKENS=64 if interpreted else 512,
+        UNITE_TOKENS=64 if interpreted else 512 if parts > 8 else 2048,
         ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
         ATTEND_STAGES=1 if interpreted else 5,
         PACKED_ASM=not interpreted,
-        **launch_options(_tiling(pairs)[0]),
+        **launch_options(_tiling(pairs, key_bytes)[0]),
     )

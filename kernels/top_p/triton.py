@@ -39,46 +39,66 @@ def _add3(a0, a1, a2, b0, b1, b2):
 
 
 @triton.jit
-def _threshold_in_registers(
-    row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr, QUARTERS: tl.constexpr
-):
-    """QUARTERS: two halvings a round, for fewer rounds at half as many sums again."""
+def _threshold_in_registers(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
-    logits = tl.load(
-        row_ptr + offset, offset < tokens, other=-float("inf"), cache_modifier=".cg"
-    ).to(tl.float32)
+    logits = tl.load(row_ptr + offset, offset < tokens, other=-float("inf")).to(tl.float32)
     top = tl.max(logits, 0)
     weights = tl.exp(logits - top)
     total = tl.sum(weights, 0)
     target = p * total
     low = _search_start(total, p, tokens)
     high = total * 0.0
-    if QUARTERS:
-        for _ in range((STEPS + 1) // 2):
-            quarter = (high - low) * 0.25
-            first = low + quarter
-            second = low + quarter * 2
-            third = low + quarter * 3
-            mass1, mass2, mass3 = tl.reduce(
-                (
-                    _mass_from(weights, tl.exp(first)),
-                    _mass_from(weights, tl.exp(second)),
-                    _mass_from(weights, tl.exp(third)),
-                ),
-                0,
-                _add3,
-            )
-            low = tl.where(mass1 >= target, first, low)
-            low = tl.where(mass2 >= target, second, low)
-            low = tl.where(mass3 >= target, third, low)
-            high = low + quarter
-    else:
-        for _ in range(STEPS):
-            middle = (low + high) * 0.5
-            enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+    for _ in range(STEPS):
+        middle = (low + high) * 0.5
+        enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
     return _as_logit(top, low)
+
+
+@triton.jit
+def find_thresholds(
+    rows_ptr, tokens, p, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The logits from which on rows of `tokens` logits hold mass p, two halvings a round.
+
+    Fewer rounds at half as many sums again, for when a round's latency counts most.
+
+    Args:
+        rows_ptr: [ROWS] pointers to the rows' logits.
+    """
+    offset = tl.arange(0, BLOCK)
+    logits = tl.load(
+        rows_ptr[:, None] + offset[None, :],
+        (offset < tokens)[None, :],
+        other=-float("inf"),
+        cache_modifier=".cg",
+    ).to(tl.float32)
+    top = tl.max(logits, 1)
+    weights = tl.exp(logits - top[:, None])
+    total = tl.sum(weights, 1)
+    target = p * total
+    low = _search_start(total, p, tokens)
+    high = total * 0.0
+    for _ in range((STEPS + 1) // 2):
+        quarter = (high - low) * 0.25
+        first = low + quarter
+        second = low + quarter * 2
+        third = low + quarter * 3
+        mass1, mass2, mass3 = tl.reduce(
+            (
+                _mass_from(weights, tl.exp(first)[:, None]),
+                _mass_from(weights, tl.exp(second)[:, None]),
+                _mass_from(weights, tl.exp(third)[:, None]),
+            ),
+            1,
+            _add3,
+        )
+        low = tl.where(mass1 >= target, first, low)
+        low = tl.where(mass2 >= target, second, low)
+        low = tl.where(mass3 >= target, third, low)
+        high = low + quarter
+    return tl.where(p < 1.0, _as_logit(top, low), -float("inf"))
 
 
 @triton.jit
@@ -112,29 +132,6 @@ def _threshold_looped(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def find_threshold(
-    row_ptr,
-    tokens,
-    p,
-    STEPS: tl.constexpr,
-    SMALL: tl.constexpr,
-    LARGE: tl.constexpr,
-    LOOPED: tl.constexpr,
-    QUARTERS: tl.constexpr,
-):
-    """The logit from which on `tokens` logits hold mass p; SMALL, LARGE: sizes of registers."""
-    threshold = -float("inf")
-    if p < 1.0:
-        if (LARGE == SMALL and not LOOPED) or tokens <= SMALL:
-            threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL, QUARTERS)
-        elif LOOPED:
-            threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
-        else:
-            threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE, QUARTERS)
-    return threshold
-
-
-@triton.jit
 def _threshold_kernel(
     logits_ptr,
     p_ptr,
@@ -159,7 +156,21 @@ def _threshold_kernel(
     tokens = tl.load(candidate_tokens_ptr + pair)
     if tl.load(counts_ptr + pair) > 0:
         row_ptr = logits_ptr + head.to(tl.int64) * capacity
-        threshold = find_threshold(row_ptr, tokens, p, STEPS, SMALL, LARGE, LOOPED, QUARTERS)
+        if QUARTERS:
+            rows_ptr = row_ptr + tl.zeros([1], tl.int32)
+            if tokens <= SMALL:
+                threshold = tl.max(find_thresholds(rows_ptr, tokens, p, STEPS, 1, SMALL), 0)
+            else:
+                threshold = tl.max(find_thresholds(rows_ptr, tokens, p, STEPS, 1, LARGE), 0)
+        else:
+            threshold = -float("inf")
+            if p < 1.0:
+                if tokens <= SMALL:
+                    threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
+                elif LOOPED:
+                    threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
+                else:
+                    threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
         tl.store(thresholds_ptr + head, threshold)
 
 
@@ -311,7 +322,7 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
-        QUARTERS=batch * heads_q <= _FEW_ROWS,
+        QUARTERS=batch * heads_q <= _FEW_ROWS and padded <= _MOST_IN_REGISTERS,
         **launch_options(_warps(large)),
     )
 

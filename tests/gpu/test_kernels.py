@@ -14,6 +14,7 @@ from cases import Case, Drawn, check_selection, chosen_positions, draw, expected
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache
 from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, _decode_kernel, _tiling
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
@@ -93,10 +94,17 @@ CASES = [
 ]
 
 
+def fits_one_launch(case: Case) -> bool:
+    return case.prune and -(-max(case.lengths) // case.page_size) <= MOST_COLUMNS
+
+
+@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_pipeline_equals_reference_and_itself(case: Case) -> None:
+def test_pipeline_equals_reference_and_itself(case: Case, one_launch: bool) -> None:
+    if one_launch and not fits_one_launch(case):
+        pytest.skip("runs in six launches")
     drawn = draw(case)
-    decode = decoder(case, drawn)
+    decode = decoder(case, drawn, one_launch=one_launch)
     first = run(case, drawn, decode)
     kept, out = first.kept_tokens.clone(), first.output.clone()
     check(case, drawn, decode, first, 0.02)  # float16 logits move tokens at the threshold
@@ -106,14 +114,37 @@ def test_pipeline_equals_reference_and_itself(case: Case) -> None:
     again = run(case, drawn, decode)
     assert torch.equal(out, again.output)
     assert torch.equal(kept, again.kept_tokens)
-    precise = decoder(case, drawn, logits_dtype=torch.float32, top_p_steps=24)
+    precise = decoder(
+        case, drawn, logits_dtype=torch.float32, top_p_steps=24, one_launch=one_launch
+    )
     check(case, drawn, precise, run(case, drawn, precise), 0.006)
 
 
-def test_graph_replay_equals_eager_for_other_requests() -> None:
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("batch", [1, 5], ids=["few-pairs", "many-pairs"])
+def test_programs_that_wait_for_each_other_fit_on_the_gpu(dim: int, batch: int) -> None:
+    case = Case("fit", (600,) * batch, 16, 2, dim, dtype=BF16)
+    _, at_once = _tiling(2 * batch, 2)
+    drawn = draw(case)
+    _decode_kernel.device_caches.clear()
+    run(case, drawn, decoder(case, drawn, one_launch=True))
+    compiled = [
+        kernel for cache, *_ in _decode_kernel.device_caches.values() for kernel in cache.values()
+    ]
+    properties = torch.cuda.get_device_properties("cuda")
+    assert compiled
+    for kernel in compiled:
+        threads = 32 * kernel.metadata.num_warps
+        shared = kernel.metadata.shared + 1024  # what the system takes of each block's
+        assert at_once * shared <= properties.shared_memory_per_multiprocessor
+        assert at_once * threads * kernel.n_regs <= properties.regs_per_multiprocessor
+
+
+@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
+def test_graph_replay_equals_eager_for_other_requests(one_launch: bool) -> None:
     case = Case("graph", RAGGED, 32, 8, 128, budget=0.25, dtype=BF16, p=0.9)
     drawn = draw(case)
-    decode = decoder(case, drawn)
+    decode = decoder(case, drawn, one_launch=one_launch)
     run(case, drawn, decode)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -127,7 +158,7 @@ def test_graph_replay_equals_eager_for_other_requests() -> None:
         getattr(drawn.plan, field.name).copy_(getattr(other.plan, field.name))
     graph.replay()
     replayed, kept = captured.output.clone(), captured.kept_tokens.clone()
-    eager = run(case, other, decoder(case, other))
+    eager = run(case, other, decoder(case, other, one_launch=one_launch))
     assert torch.equal(replayed, eager.output)
     assert torch.equal(kept, eager.kept_tokens)
 

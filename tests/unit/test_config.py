@@ -18,7 +18,7 @@ OTHER_VALUES = {
     "selector_budget": 1024.0,
     "estimator": "exact",
     "pruner": "none",
-    "bounds": "float8",
+    "bounds": "keys",
     "skip_layers": (2, 5),
     "sink_tokens": 0,
     "recent_tokens": 128,
@@ -224,7 +224,7 @@ def test_help_has_a_group_with_every_flag_and_its_default() -> None:
     assert "(quest) (default: quest)" in text
     assert "(int4, exact) (default: int4)" in text
     assert "(top_p, none) (default: top_p)" in text
-    assert "(keys, float8) (default: keys)" in text
+    assert "(auto, float8, keys) (default: auto)" in text
     assert group.description is not None
     assert "--decode-attention-backend twilight" in group.description
 

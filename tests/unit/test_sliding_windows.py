@@ -38,7 +38,7 @@ class Server:
         self.allocator = SWATokenToKVPoolAllocator(
             FULL_PAGES * PS, WINDOW_PAGES * PS, PS, torch.float32, "cpu", self.kv_pool, False
         )
-        self.runtime = TwilightRuntime(TwilightConfig(), self.kv_pool, FULL_LAYERS, 3)
+        self.runtime = TwilightRuntime(TwilightConfig(bounds="keys"), self.kv_pool, FULL_LAYERS, 3)
         full_attention_allocator(self.allocator).twilight = self.runtime
 
     def allocate(self, pages: int) -> torch.Tensor:

@@ -236,8 +236,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bounds",
         choices=tuple(BOUNDS),
-        default="key",
-        help="dtype of the page bounds: that of the keys, or float8 rounded outward",
+        default="fp8",
+        help="dtype of the page bounds: float8 rounded outward, or that of the keys",
     )
     parser.add_argument("--estimator", choices=("int4", "exact"), default="int4")
     parser.add_argument("--sink-tokens", type=int, default=16)

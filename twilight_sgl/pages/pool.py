@@ -10,7 +10,14 @@ FIELDS = ("min_max", "codes", "scale_zero")
 
 
 def bounds_dtype(bounds: str, key_dtype: torch.dtype) -> torch.dtype:
-    """Dtype of page bounds: that of the KV cache for `keys`, float8_e4m3fn for `float8`."""
+    """Dtype of page bounds.
+
+    That of the KV cache for `keys`, float8_e4m3fn for `float8`, and for `auto` float8_e4m3fn
+    unless there is a GPU without it (compute capability below 8.9).
+    """
+    if bounds == "auto":
+        has_gpu = torch.cuda.is_available()
+        bounds = "keys" if has_gpu and torch.cuda.get_device_capability() < (8, 9) else "float8"
     return torch.float8_e4m3fn if bounds == "float8" else key_dtype
 
 
