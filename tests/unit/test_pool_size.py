@@ -14,7 +14,7 @@ from sglang.srt.model_executor import pool_configurator
 from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 
 from twilight_sgl.config import TwilightConfig
-from twilight_sgl.pages.pool import SummaryPool
+from twilight_sgl.pages.pool import SummaryPool, bounds_dtype
 from twilight_sgl.patches import PatchError, pool_size
 
 PS = 16
@@ -25,8 +25,9 @@ AVAILABLE_BYTES = 300_000_000
 
 SETTINGS = {
     "default": {},
+    "bounds like the keys": {"bounds": "keys"},
     "float8": {"bounds": "float8"},
-    "exact": {"estimator": "exact"},
+    "exact": {"estimator": "exact", "bounds": "keys"},
     "exact float8": {"estimator": "exact", "bounds": "float8"},
     "none skipped": {"skip_layers": ()},
     "layers of other models skipped": {"skip_layers": (0, 1, 90, 91)},
@@ -158,7 +159,7 @@ def summary_bytes(layer_ids: list[int], tokens: int, settings: dict[str, Any]) -
         page_size=PS,
         heads_kv=HEADS_KV,
         dim=DIM,
-        dtype=torch.float8_e4m3fn if config.bounds == "float8" else torch.bfloat16,
+        dtype=bounds_dtype(config.bounds, torch.bfloat16),
         device="meta",
         has_codes=config.estimator == "int4",
     )
