@@ -55,7 +55,7 @@ FLAGS = [
     *("--cuda-graph-backend-prefill", "disabled"),
     *("--twilight-selector-budget", "1", "--twilight-min-context-tokens", "0"),
     *("--twilight-skip-layers", "0", "--twilight-recent-tokens", "16"),
-    *("--twilight-audit-interval", "8"),
+    *("--twilight-min-step-mb", "0", "--twilight-audit-interval", "8"),
 ]
 
 
