@@ -150,11 +150,6 @@ def refuse_model(model: Any) -> None:
         )
     if model.is_encoder_decoder:
         raise TwilightError(f"{model.model_path} is an encoder-decoder model; {remedy}")
-    if getattr(model, "has_attention_sinks", False):
-        raise TwilightError(
-            f"{model.model_path} has learned attention sinks, which Twilight does not "
-            f"weigh; {remedy}"
-        )
 
 
 def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
@@ -163,6 +158,11 @@ def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
 
     from twilight_sgl.attention.triton_pipeline import supports
 
+    config = TwilightConfig.from_environment()
+    if config.bounds == "float8" and torch.cuda.get_device_capability() < (8, 9):
+        raise TwilightError(
+            "--twilight-bounds float8 needs a GPU of compute capability 8.9; use keys or auto"
+        )
     fp8 = kv_cache_dtype == "fp8_e4m3"
     heads_kv = model.get_num_kv_heads(tp_size)
     ok, reason = supports(
@@ -170,7 +170,7 @@ def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
         heads_kv=heads_kv,
         dim=model.head_dim,
         dim_v=model.v_head_dim,
-        page_size=TwilightConfig.from_environment().page_size,
+        page_size=config.page_size,
         q_dtype=model.dtype,
         cache_dtype=torch.float8_e4m3fn if fp8 else model.dtype,
         max_context=model.context_len,

@@ -232,7 +232,7 @@ def _check_model_folder(folder: Path, config: twilight_config.TwilightConfig) ->
     import torch
     from sglang.srt.configs.model_config import ModelConfig
 
-    from twilight_sgl.pages.pool import summary_bytes_per_token
+    from twilight_sgl.pages.pool import bounds_dtype, summary_bytes_per_token
     from twilight_sgl.patches.server_args import refuse_model
 
     dtype = "auto" if torch.cuda.is_available() else "float32"
@@ -246,8 +246,13 @@ def _check_model_folder(folder: Path, config: twilight_config.TwilightConfig) ->
         raise TwilightError(f"{folder}: --twilight-skip-layers or sliding windows leave no layer")
     heads_kv, item_bytes = model.get_num_kv_heads(1), model.dtype.itemsize
     kv_bytes = len(layers) * heads_kv * (model.head_dim + model.v_head_dim) * item_bytes
-    shape = (heads_kv, model.head_dim, item_bytes, config.page_size)
-    summary_bytes = selecting * summary_bytes_per_token(*shape)
+    summary_bytes = selecting * summary_bytes_per_token(
+        heads_kv,
+        model.head_dim,
+        bounds_dtype(config.bounds, model.dtype).itemsize,
+        config.page_size,
+        config.keeps_int4_keys,
+    )
     detail = (
         f"{folder}: L={model.num_hidden_layers} ({selecting} selecting), "
         f"HQ={model.num_attention_heads}, HK={heads_kv}, D={model.head_dim}, "

@@ -14,6 +14,7 @@ def attend(
     *,
     sm_scale: float,
     logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Exact softmax attention of one query token over each KV head's kept tokens.
 
@@ -24,6 +25,8 @@ def attend(
         kept_token_slots: [B, HK, K] physical slots (page * PS + offset).
         kept_tokens: [B, HK] how many of them count.
         sm_scale, logit_cap: see `estimate_logits`.
+        sinks: [HQ] learned attention sinks: a logit of each query head, not scaled, that takes
+            weight and has no value (gpt-oss, arXiv 2508.10925); None for none.
     Returns:
         [B, HQ, DV] float32; zeros where nothing is kept.
     """
@@ -38,5 +41,8 @@ def attend(
     grouped = q.float().view(batch, heads_kv, -1, dim)
     logits = soft_cap(torch.einsum("bhgd,bhtd->bhgt", grouped, keys) * sm_scale, logit_cap)
     logits = logits.masked_fill(~counts.unsqueeze(2), -torch.inf)
-    weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+    if sinks is not None:
+        sink = sinks.float().view(1, heads_kv, -1, 1).expand(batch, -1, -1, 1)
+        logits = torch.cat((logits, sink), -1)
+    weights = torch.softmax(logits, dim=-1).nan_to_num(0.0)[..., : slots.shape[-1]]
     return torch.einsum("bhgt,bhtd->bhgd", weights, values).reshape(batch, heads_q, dim_v)

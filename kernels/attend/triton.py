@@ -24,13 +24,28 @@ MOST_PARTS = 32  # programs of the one-launch pipeline that share a (request, KV
 
 
 @triton.jit
+def _sink_logits(
+    sinks_ptr, LOG2E: tl.constexpr, G: tl.constexpr, G_ROWS: tl.constexpr, HAS_SINKS: tl.constexpr
+):
+    """[G_ROWS] logits of a group's learned sinks in units of log 2; -inf where there is none."""
+    sinks = tl.full([G_ROWS], -float("inf"), tl.float32)
+    if HAS_SINKS:
+        head = tl.arange(0, G_ROWS)
+        sinks = tl.load(sinks_ptr + head, head < G, other=-float("inf")).to(tl.float32) * LOG2E
+    return sinks
+
+
+@triton.jit
 def merge_partials(
     partial_ptr,
     partial_stats_ptr,
+    sinks_ptr,
     out_ptr,
     first,
     splits,
     stride_out_head,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     G: tl.constexpr,
@@ -46,8 +61,13 @@ def merge_partials(
     most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")  # [SPLITS, G_ROWS]
     sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
     top = tl.max(most, 0)
+    if HAS_SINKS:
+        sinks = _sink_logits(sinks_ptr, LOG2E, G, G_ROWS, HAS_SINKS)
+        top = tl.maximum(top, sinks)
     top = tl.where(head < G, top, 0.0)
     total = tl.sum(tl.exp2(most - top[None, :]) * sums, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sinks - top)
     channel = tl.arange(0, DV_PAD)
     out = tl.zeros([G_ROWS, DV_PAD], tl.float32)
     for start in range(0, splits, SPLIT_BLOCK):
@@ -76,10 +96,13 @@ def merge_partials(
 @triton.jit
 def store_group(
     out_ptr,
+    sinks_ptr,
     most,
     sums,
     acc,
     stride_head,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     DV: tl.constexpr,
@@ -88,6 +111,12 @@ def store_group(
     """Normalise what `attend_span` returned for all of a group's tokens, and store it."""
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, DV_PAD)
+    if HAS_SINKS:
+        sinks = _sink_logits(sinks_ptr, LOG2E, G, G_PAD, HAS_SINKS)
+        top = tl.maximum(most, sinks)
+        decay = tl.exp2(most - top)
+        sums = sums * decay + tl.exp2(sinks - top)
+        acc = acc * decay[:, None]
     result = acc / tl.where(sums > 0, sums, 1.0)[:, None]
     inside = (head[:, None] < G) & (channel[None, :] < DV)
     out_offset = head[:, None] * stride_head + channel[None, :]
@@ -214,6 +243,7 @@ def _attend_kernel(
     partial_ptr,
     partial_stats_ptr,
     arrivals_ptr,
+    sinks_ptr,
     out_ptr,
     pairs,
     stride_list,
@@ -230,6 +260,7 @@ def _attend_kernel(
     logit_cap,
     LOG2E: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     LISTS_TOKENS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -298,8 +329,22 @@ def _attend_kernel(
             STAGES,
         )
         out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
+        group_sinks_ptr = sinks_ptr + head_kv * G
         if splits == 1:
-            store_group(out_group_ptr, most, sums, acc, stride_out_head, G, G_PAD, DV, DV_PAD)
+            store_group(
+                out_group_ptr,
+                group_sinks_ptr,
+                most,
+                sums,
+                acc,
+                stride_out_head,
+                LOG2E,
+                HAS_SINKS,
+                G,
+                G_PAD,
+                DV,
+                DV_PAD,
+            )
         else:
             store_partial(
                 partial_ptr,
@@ -321,10 +366,13 @@ def _attend_kernel(
                 merge_partials(
                     partial_ptr,
                     partial_stats_ptr,
+                    group_sinks_ptr,
                     out_group_ptr,
                     pair * SPLITS,
                     splits,
                     stride_out_head,
+                    LOG2E,
+                    HAS_SINKS,
                     SPLITS,
                     SPLIT_BLOCK,
                     G,
@@ -388,6 +436,7 @@ def attend(
     lists_tokens: bool,
     sm_scale: float,
     logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Softmax attention of one query token over each (request, KV head)'s tokens.
 
@@ -402,6 +451,7 @@ def attend(
         kept_tokens: [B, HK] int32 tokens to attend to; 0 leaves the output alone.
         out: [B, HQ, DV], written.
         sm_scale, logit_cap: softmax scale and soft cap, 0 for none.
+        sinks: [HQ] learned attention sinks, see `reference.attend`; None for none.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -423,6 +473,7 @@ def attend(
         workspace.partial,
         workspace.partial_stats,
         workspace.arrivals,
+        q if sinks is None else sinks,
         out,
         batch * heads_kv,
         lists.stride(1),
@@ -439,6 +490,7 @@ def attend(
         logit_cap,
         LOG2E=LOG2E,
         HAS_CAP=logit_cap != 0,
+        HAS_SINKS=sinks is not None,
         LISTS_TOKENS=lists_tokens,
         COMPUTE=compute_dtype(q.dtype),
         HK=heads_kv,

@@ -53,10 +53,13 @@ def _meet(arrivals_ptr, target, parts):
 def _merge_head(
     partial_ptr,
     partial_stats_ptr,
+    sinks_ptr,
     out_ptr,
     first,
     parts,
     member,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     G_ROWS: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
@@ -75,8 +78,15 @@ def _merge_head(
         other=0.0,
         cache_modifier=".cg",
     )
-    weight = tl.exp2(most - tl.max(most, 0))
-    result = tl.sum(values * weight[:, None], 0) / tl.sum(sums * weight, 0)
+    top = tl.max(most, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + member).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    weight = tl.exp2(most - top)
+    total = tl.sum(sums * weight, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - top)
+    result = tl.sum(values * weight[:, None], 0) / total
     tl.store(out_ptr + channel, result.to(out_ptr.dtype.element_ty), channel < DV)
 
 
@@ -107,6 +117,7 @@ def _decode_kernel(
     partial_ptr,
     partial_stats_ptr,
     arrivals_ptr,
+    sinks_ptr,
     out_ptr,
     parts,
     stride_scores,
@@ -124,6 +135,7 @@ def _decode_kernel(
     logit_cap,
     LOG2E: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     EXACT: tl.constexpr,
     SCORE: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -341,7 +353,20 @@ def _decode_kernel(
             ATTEND_STAGES,
         )
         if parts == 1:
-            store_group(out_group_ptr, most, sums, acc, stride_out_head, G, G_PAD, DV, DV_PAD)
+            store_group(
+                out_group_ptr,
+                sinks_ptr + head_kv * G,
+                most,
+                sums,
+                acc,
+                stride_out_head,
+                LOG2E,
+                HAS_SINKS,
+                G,
+                G_PAD,
+                DV,
+                DV_PAD,
+            )
         else:
             store_partial(
                 partial_ptr,
@@ -362,10 +387,13 @@ def _decode_kernel(
                 _merge_head(
                     partial_ptr,
                     partial_stats_ptr,
+                    sinks_ptr + head_kv * G,
                     out_group_ptr + member * stride_out_head,
                     pair64 * parts,
                     parts,
                     member,
+                    LOG2E,
+                    HAS_SINKS,
                     G_ROWS,
                     DV,
                     DV_PAD,
@@ -424,6 +452,7 @@ def decode_layer(
     steps: int,
     sm_scale: float,
     logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Run the pipeline of one layer; see the operators' own functions for what tensors hold.
 
@@ -436,6 +465,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
+        sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -472,6 +502,7 @@ def decode_layer(
         workspace.partial,
         workspace.partial_stats,
         workspace.arrivals,
+        q if sinks is None else sinks,
         out,
         parts,
         scores.stride(1),
@@ -489,6 +520,7 @@ def decode_layer(
         logit_cap,
         LOG2E=LOG2E,
         HAS_CAP=logit_cap != 0,
+        HAS_SINKS=sinks is not None,
         EXACT=codes is None,
         SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),

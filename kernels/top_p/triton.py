@@ -13,7 +13,6 @@ from twilight_sgl.kernels.launch import is_interpreted, launch_options, wait_for
 BISECTION_STEPS = 8
 _MOST_IN_REGISTERS = 32768
 _CHUNK_TOKENS = 2048
-_FEW_ROWS = 128  # up to which rounds are bound by latency, not by instructions
 
 
 @triton.jit
@@ -145,7 +144,6 @@ def _threshold_kernel(
     SMALL: tl.constexpr,
     LARGE: tl.constexpr,
     LOOPED: tl.constexpr,
-    QUARTERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -156,21 +154,14 @@ def _threshold_kernel(
     tokens = tl.load(candidate_tokens_ptr + pair)
     if tl.load(counts_ptr + pair) > 0:
         row_ptr = logits_ptr + head.to(tl.int64) * capacity
-        if QUARTERS:
-            rows_ptr = row_ptr + tl.zeros([1], tl.int32)
-            if tokens <= SMALL:
-                threshold = tl.max(find_thresholds(rows_ptr, tokens, p, STEPS, 1, SMALL), 0)
+        threshold = -float("inf")
+        if p < 1.0:
+            if (LARGE == SMALL and not LOOPED) or tokens <= SMALL:
+                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
+            elif LOOPED:
+                threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
             else:
-                threshold = tl.max(find_thresholds(rows_ptr, tokens, p, STEPS, 1, LARGE), 0)
-        else:
-            threshold = -float("inf")
-            if p < 1.0:
-                if tokens <= SMALL:
-                    threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
-                elif LOOPED:
-                    threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
-                else:
-                    threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
+                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
         tl.store(thresholds_ptr + head, threshold)
 
 
@@ -322,7 +313,6 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
-        QUARTERS=batch * heads_q <= _FEW_ROWS and padded <= _MOST_IN_REGISTERS,
         **launch_options(_warps(large)),
     )
 

@@ -46,7 +46,12 @@ def decoder(case: Case, drawn: Drawn, **options: object) -> TritonDecode:
 
 def run(case: Case, drawn: Drawn, decode: TritonDecode) -> LayerOutput:
     return decode.run(
-        drawn.q, drawn.cache, drawn.plan, sm_scale=case.dim**-0.5, logit_cap=case.logit_cap
+        drawn.q,
+        drawn.cache,
+        drawn.plan,
+        sm_scale=case.dim**-0.5,
+        logit_cap=case.logit_cap,
+        sinks=drawn.sinks,
     )
 
 
@@ -88,6 +93,7 @@ CASES = [
     ),
     Case("peaked", RAGGED, 8, 2, 128, dtype=BF16, q_scale=6.0),
     Case("flat", RAGGED, 8, 2, 128, dtype=BF16, q_scale=0.0),
+    Case("sinks", RAGGED, 64, 8, 64, dtype=BF16, dense=(7,), sink_logits=2.0),
     Case("128k", (131072, 100, 70000), 8, 2, 128, dtype=BF16, budget=0.25),
     Case("256k", (262144,), 8, 1, 64, dtype=BF16, budget=0.25),
     Case("256k-all", (262144, 3), 2, 1, 64, dtype=BF16, budget=1.0),
@@ -104,7 +110,7 @@ def test_pipeline_equals_reference_and_itself(case: Case, one_launch: bool) -> N
     if one_launch and not fits_one_launch(case):
         pytest.skip("runs in six launches")
     drawn = draw(case)
-    decode = decoder(case, drawn, one_launch=one_launch)
+    decode = decoder(case, drawn, top_p_steps=12, one_launch=one_launch)
     first = run(case, drawn, decode)
     kept, out = first.kept_tokens.clone(), first.output.clone()
     check(case, drawn, decode, first, 0.02)  # float16 logits move tokens at the threshold

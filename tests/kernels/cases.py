@@ -25,6 +25,7 @@ class Case:
         lengths: tokens of each request, 0 for a padded row.
         dense: rows that are not sparse.
         p: mass to keep, one for all rows or one each.
+        sink_logits: standard deviation of learned attention sinks; None for none.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     cache_dtype: torch.dtype | None = None
     bounds_dtype: torch.dtype | None = None
     logit_cap: float = 0.0
+    sink_logits: float | None = None
     q_scale: float = 1.0
     prune: bool = True
 
@@ -59,6 +61,7 @@ class Drawn:
     q: torch.Tensor
     cache: LayerCache
     plan: DecodePlan
+    sinks: torch.Tensor | None = None
 
 
 def draw(case: Case, *, seed: int = 0, poison: bool = True, device: str = DEVICE) -> Drawn:
@@ -109,7 +112,11 @@ def draw(case: Case, *, seed: int = 0, poison: bool = True, device: str = DEVICE
     )
     tensors = (keys, values, min_max, codes, scale_zero)
     cache = LayerCache(*(tensor.to(device) for tensor in tensors))
-    return Drawn(q.to(case.dtype).to(device), cache, plan)
+    sinks = None
+    if case.sink_logits is not None:
+        sinks = torch.randn(case.heads_q, generator=rng) * case.sink_logits
+        sinks = sinks.to(case.dtype).to(device)
+    return Drawn(q.to(case.dtype).to(device), cache, plan, sinks)
 
 
 def chosen_positions(decode: TritonDecode, drawn: Drawn) -> torch.Tensor:
@@ -156,7 +163,9 @@ def expected_output(case: Case, drawn: Drawn, positions: torch.Tensor) -> LayerO
     kept_slots, kept = keep_union(
         top_p_mask(logits, p), slots, token_positions, forced, plan.sparse
     )
-    output = attend(drawn.q, cache.keys, cache.values, kept_slots, kept, **scales)
+    output = attend(
+        drawn.q, cache.keys, cache.values, kept_slots, kept, **scales, sinks=drawn.sinks
+    )
     return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept)
 
 

@@ -37,7 +37,12 @@ def decoder(case: Case, drawn: Drawn, **options: object) -> TritonDecode:
 
 def run(case: Case, drawn: Drawn, decode: TritonDecode) -> LayerOutput:
     return decode.run(
-        drawn.q, drawn.cache, drawn.plan, sm_scale=case.dim**-0.5, logit_cap=case.logit_cap
+        drawn.q,
+        drawn.cache,
+        drawn.plan,
+        sm_scale=case.dim**-0.5,
+        logit_cap=case.logit_cap,
+        sinks=drawn.sinks,
     )
 
 
@@ -64,6 +69,8 @@ CASES = [
     Case("all-equal-weights", (140,), q_scale=0.0),
     Case("one-dominant-token", (140,), q_scale=12.0),
     Case("soft-cap", SHORT, logit_cap=2.0, q_scale=3.0),
+    Case("sinks", (140, 90, 16, 0), 6, 2, dense=(1,), sink_logits=2.0),
+    Case("sinks-outweigh-tokens", (90, 33), dense=(1,), sink_logits=40.0, dtype=torch.bfloat16),
     Case("exact-estimator", AWKWARD, estimator="exact"),
     Case("no-pruner", AWKWARD, prune=False),
     Case("bf16", (90, 17), dtype=torch.bfloat16),

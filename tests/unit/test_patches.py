@@ -391,7 +391,6 @@ def test_refused_models(refuse: Callable) -> None:
     for has, complaint in (
         ({"attention_arch": AttentionArch.MLA}, "MLA"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
-        ({"has_attention_sinks": True}, "attention sinks"),
     ):
         with pytest.raises(TwilightError, match=complaint) as caught:
             refuse(has)

@@ -96,11 +96,6 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
         [*TWILIGHT, *EAGLE, "--speculative-draft-attention-backend", "twilight"],
         ["--speculative-draft-attention-backend twilight", "leave it out"],
     ),
-    "attention sinks": (
-        "gpt-oss",
-        [*TWILIGHT, "--attention-backend", "triton"],
-        ["TwilightError", "attention sinks"],
-    ),
     "pinned backends, not ours": (
         "gpt-oss",
         ["--attention-backend", "triton", "--decode-attention-backend", "flashinfer"],

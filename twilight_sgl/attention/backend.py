@@ -98,6 +98,7 @@ class ReferenceAttnBackend(TwilightAttnBackend):
             self.runtime.selection,
             sm_scale=layer.scaling,
             logit_cap=layer.logit_cap or 0.0,
+            sinks=kwargs.get("sinks"),
         )
         self.runtime.count_budget(plan, result.candidate_tokens, result.kept_tokens)
         return result.output.to(q.dtype).flatten(1)
@@ -185,6 +186,7 @@ class TritonAttnBackend(TwilightAttnBackend):
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             sm_scale=layer.scaling * key_scale,
             logit_cap=layer.logit_cap or 0.0,
+            sinks=kwargs.get("sinks"),
         )
         if value_scale != 1.0:
             output.mul_(value_scale)
@@ -208,6 +210,11 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
     Raises:
         TwilightError: no layer of the model can select, or the kernels cannot serve its shape.
     """
+    if model_runner.is_draft_worker:
+        raise TwilightError(
+            "Twilight does not serve draft models: name another backend for them with "
+            "--speculative-draft-attention-backend"
+        )
     config = TwilightConfig.from_environment()
     layers = selecting_layers(model_runner.model, config)
     if not layers:

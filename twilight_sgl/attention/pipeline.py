@@ -35,6 +35,7 @@ def decode_reference(
     *,
     sm_scale: float,
     logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> LayerOutput:
     """Run the pipeline of one layer in plain PyTorch (arXiv 2502.02770, figure 4).
 
@@ -43,6 +44,7 @@ def decode_reference(
         cache: the layer's KV cache, holding this step's key and value already, and summaries of
             every full page that a sparse row of the plan names.
         sm_scale: softmax scale; logit_cap: soft cap on logits, 0 for none.
+        sinks: [HQ] learned attention sinks, see `attend`; top-p does not count their weight.
     """
     scores = selectors.get(selection.selector)(q, cache, plan.page_ids)
     positions, _ = select_pages(
@@ -81,7 +83,6 @@ def decode_reference(
         )
         mask = top_p_mask(logits, plan.p)
     slots, kept = keep_union(mask, token_slots, token_positions, forced, plan.sparse)
-    output = attend(
-        q, cache.keys, cache.values, slots, kept, sm_scale=sm_scale, logit_cap=logit_cap
-    )
+    scales = {"sm_scale": sm_scale, "logit_cap": logit_cap}
+    output = attend(q, cache.keys, cache.values, slots, kept, **scales, sinks=sinks)
     return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept)

@@ -170,6 +170,7 @@ class TritonDecode:
         *,
         sm_scale: float,
         logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> LayerOutput:
@@ -179,6 +180,7 @@ class TritonDecode:
             q: [B, HQ, D], last dimension contiguous.
             cache: the layer's KV cache with this step's key and value, and summaries of every
                 full page that a sparse row of the plan names.
+            sinks: [HQ] learned attention sinks, see `attend`.
             out: [B, HQ, DV] for the output; the object's own memory by default.
             counts: [>= B, HK] int32 each, for the candidate and the kept tokens; likewise.
         Returns:
@@ -188,7 +190,7 @@ class TritonDecode:
         out = self.out[: q.shape[0]] if out is None else out
         counts = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
         stages = self.stages(
-            q, cache, plan, out, sm_scale=sm_scale, logit_cap=logit_cap, counts=counts
+            q, cache, plan, out, sm_scale=sm_scale, logit_cap=logit_cap, sinks=sinks, counts=counts
         )
         for launch in stages.values():
             launch()
@@ -212,6 +214,7 @@ class TritonDecode:
         *,
         sm_scale: float,
         logit_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, Callable[[], None]]:
         """The launches of `run` by name, in order, for benchmarks to time one by one."""
@@ -267,6 +270,7 @@ class TritonDecode:
                 steps=self.top_p_steps,
                 sm_scale=sm_scale,
                 logit_cap=logit_cap,
+                sinks=sinks,
             )
             return launches
         launches["score"] = lambda: page_scores(
@@ -343,5 +347,6 @@ class TritonDecode:
             lists_tokens=self.prune,
             sm_scale=sm_scale,
             logit_cap=logit_cap,
+            sinks=sinks,
         )
         return launches

@@ -1,5 +1,6 @@
 """Twilight on a GPU: static buffers, no allocation and no synchronisation in a decode step."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,11 @@ from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.config import TwilightConfig
+from twilight_sgl.errors import TwilightError
 from twilight_sgl.kernels.plan.triton import count_budget, plan_and_claim
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+
+logger = logging.getLogger(__name__)
 
 
 class _Buffers:
@@ -143,7 +147,13 @@ class TritonRuntime(TwilightRuntime):
         self._num_claimed.zero_()
 
     def run_layer(
-        self, layer_id: int, q: torch.Tensor, *, sm_scale: float, logit_cap: float
+        self,
+        layer_id: int,
+        q: torch.Tensor,
+        *,
+        sm_scale: float,
+        logit_cap: float,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend in one layer: [B, HQ, D] queries to a new [B, HQ, DV] in their dtype."""
         buffers, plan, row = self._current, self._plan, self.pool.row_of(layer_id)
@@ -155,6 +165,7 @@ class TritonRuntime(TwilightRuntime):
             plan,
             sm_scale=sm_scale,
             logit_cap=logit_cap,
+            sinks=sinks,
             out=out,
             counts=(buffers.candidate_tokens[row], buffers.kept_tokens[row]),
         )
@@ -178,6 +189,23 @@ class TritonRuntime(TwilightRuntime):
             if batch <= buffers.max_batch:
                 return buffers
         max_batch = triton.next_power_of_2(batch)
+        before = torch.cuda.memory_allocated()
+        try:
+            self._buffers.append(self._allocate(max_batch))
+        except torch.OutOfMemoryError as error:
+            raise TwilightError(
+                f"no GPU memory is left for the workspaces of {max_batch} requests of up to "
+                f"{self._max_context} tokens: lower --mem-fraction-static, --cuda-graph-max-bs, "
+                "--max-running-requests or --context-length"
+            ) from error
+        logger.info(
+            "Twilight: workspaces of up to %d requests take %.2f GB",
+            max_batch,
+            (torch.cuda.memory_allocated() - before) / 1e9,
+        )
+        return self._buffers[-1]
+
+    def _allocate(self, max_batch: int) -> _Buffers:
         keys = self._keys[0]
         heads_kv, dim = keys.shape[2:]
         decode = TritonDecode(
@@ -193,5 +221,4 @@ class TritonRuntime(TwilightRuntime):
             device=keys.device,
             prune=self.selection.pruner == "top_p",
         )
-        self._buffers.append(_Buffers(max_batch, decode.columns, len(self._keys), heads_kv, decode))
-        return self._buffers[-1]
+        return _Buffers(max_batch, decode.columns, len(self._keys), heads_kv, decode)
