@@ -14,7 +14,8 @@ from cases import Case, Drawn, check_selection, chosen_positions, draw, expected
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache
 from twilight_sgl.attention.triton_pipeline import TritonDecode
-from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, _decode_kernel, _tiling
+from twilight_sgl.kernels.decode.program import decode_kernel
+from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, _tiling
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
@@ -132,10 +133,10 @@ def test_programs_that_wait_for_each_other_fit_on_the_gpu(dim: int, batch: int) 
     case = Case("fit", (600,) * batch, 16, 2, dim, dtype=BF16)
     _, at_once = _tiling(2 * batch, 2)
     drawn = draw(case)
-    _decode_kernel.device_caches.clear()
+    decode_kernel.device_caches.clear()
     run(case, drawn, decoder(case, drawn, one_launch=True))
     compiled = [
-        kernel for cache, *_ in _decode_kernel.device_caches.values() for kernel in cache.values()
+        kernel for cache, *_ in decode_kernel.device_caches.values() for kernel in cache.values()
     ]
     properties = torch.cuda.get_device_properties("cuda")
     assert compiled

@@ -1,0 +1,209 @@
+"""What attention kernels are made of: attend to a span, normalise, merge partial results."""
+
+import triton
+import triton.language as tl
+
+from twilight_sgl.kernels.launch import soft_cap_logits
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def attend_span(
+    q_group_ptr,
+    keys_head_ptr,
+    values_head_ptr,
+    list_ptr,
+    start,
+    end,
+    by_token,
+    stride_q_head,
+    stride_key_slot,
+    stride_value_slot,
+    sm_scale,
+    logit_cap,
+    LOG2E: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PS: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention of a group over the listed tokens from start to below end, not yet normalised.
+
+    Args:
+        list_ptr: token slots where by_token, else physical pages.
+    Returns:
+        [G_PAD] largest logit in units of log 2, [G_PAD] sum of weights relative to it, and
+        [G_PAD, DV_PAD] weighted sum of values; float32.
+    """
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, D_PAD)
+    value_channel = tl.arange(0, DV_PAD)
+    tile_token = tl.arange(0, TILE)
+    shrink = tl.where(by_token, 1, PS)
+    q = tl.load(
+        q_group_ptr + head[:, None] * stride_q_head + channel[None, :],
+        (head[:, None] < G) & (channel[None, :] < D),
+        other=0.0,
+    ).to(COMPUTE)
+    most = tl.full([G_PAD], -float("inf"), tl.float32)
+    sums = tl.zeros([G_PAD], tl.float32)
+    acc = tl.zeros([G_PAD, DV_PAD], tl.float32)
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
+        token = first + tile_token
+        valid = token < end
+        listed = tl.load(list_ptr + token // shrink, valid, other=0).to(tl.int64)
+        slot = tl.where(by_token, listed, listed * PS + token % PS)
+        keys = tl.load(
+            keys_head_ptr + slot[:, None] * stride_key_slot + channel[None, :],
+            valid[:, None] & (channel[None, :] < D),
+            other=0.0,
+        )
+        values = tl.load(
+            values_head_ptr + slot[:, None] * stride_value_slot + value_channel[None, :],
+            valid[:, None] & (value_channel[None, :] < DV),
+            other=0.0,
+        )
+        scores = tl.dot(q, tl.trans(keys.to(COMPUTE)), input_precision="ieee") * sm_scale
+        scores = soft_cap_logits(scores, logit_cap, HAS_CAP) * LOG2E
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        new_most = tl.maximum(most, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_most[:, None])
+        decay = tl.exp2(most - new_most)
+        sums = sums * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(COMPUTE), values.to(COMPUTE), acc, input_precision="ieee")
+        most = new_most
+    return most, sums, acc
+
+
+@triton.jit
+def _sink_logits(
+    sinks_ptr, LOG2E: tl.constexpr, G: tl.constexpr, G_ROWS: tl.constexpr, HAS_SINKS: tl.constexpr
+):
+    """[G_ROWS] logits of a group's learned sinks in units of log 2; -inf where there is none."""
+    sinks = tl.full([G_ROWS], -float("inf"), tl.float32)
+    if HAS_SINKS:
+        head = tl.arange(0, G_ROWS)
+        sinks = tl.load(sinks_ptr + head, head < G, other=-float("inf")).to(tl.float32) * LOG2E
+    return sinks
+
+
+@triton.jit
+def merge_partials(
+    partial_ptr,
+    partial_stats_ptr,
+    sinks_ptr,
+    out_ptr,
+    first,
+    splits,
+    stride_out_head,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    G: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
+    """Combine `splits` <= SPLITS partial results from `first` on, always in the same order."""
+    split = tl.arange(0, SPLITS)
+    head = tl.arange(0, G_ROWS)
+    stats_ptr = partial_stats_ptr + (first + split)[:, None] * (2 * G_ROWS) + head[None, :]
+    there = (split < splits)[:, None] & (head < G)[None, :]
+    most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")  # [SPLITS, G_ROWS]
+    sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
+    top = tl.max(most, 0)
+    if HAS_SINKS:
+        sinks = _sink_logits(sinks_ptr, LOG2E, G, G_ROWS, HAS_SINKS)
+        top = tl.maximum(top, sinks)
+    top = tl.where(head < G, top, 0.0)
+    total = tl.sum(tl.exp2(most - top[None, :]) * sums, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sinks - top)
+    channel = tl.arange(0, DV_PAD)
+    out = tl.zeros([G_ROWS, DV_PAD], tl.float32)
+    for start in range(0, splits, SPLIT_BLOCK):
+        part = start + tl.arange(0, SPLIT_BLOCK)
+        part_stats = partial_stats_ptr + (first + part)[:, None] * (2 * G_ROWS)
+        part_there = (part < splits)[:, None] & (head < G)[None, :]
+        weight = tl.load(
+            part_stats + head[None, :], part_there, other=-float("inf"), cache_modifier=".cg"
+        )
+        weight = tl.exp2(weight - top[None, :])  # [SPLIT_BLOCK, G_ROWS]
+        values_ptr = partial_ptr + (first + part)[:, None, None] * (G_ROWS * DV_PAD)
+        values_ptr += head[None, :, None] * DV_PAD + channel[None, None, :]
+        values = tl.load(
+            values_ptr,
+            part_there[:, :, None] & (channel[None, None, :] < DV),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        out += tl.sum(values * weight[:, :, None], 0)
+    out = out / tl.where(total > 0, total, 1.0)[:, None]
+    inside = (head[:, None] < G) & (channel[None, :] < DV)
+    out_offset = head[:, None] * stride_out_head + channel[None, :]
+    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def store_group(
+    out_ptr,
+    sinks_ptr,
+    most,
+    sums,
+    acc,
+    stride_head,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
+    """Normalise what `attend_span` returned for all of a group's tokens, and store it."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, DV_PAD)
+    if HAS_SINKS:
+        sinks = _sink_logits(sinks_ptr, LOG2E, G, G_PAD, HAS_SINKS)
+        top = tl.maximum(most, sinks)
+        decay = tl.exp2(most - top)
+        sums = sums * decay + tl.exp2(sinks - top)
+        acc = acc * decay[:, None]
+    result = acc / tl.where(sums > 0, sums, 1.0)[:, None]
+    inside = (head[:, None] < G) & (channel[None, :] < DV)
+    out_offset = head[:, None] * stride_head + channel[None, :]
+    tl.store(out_ptr + out_offset, result.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def store_partial(
+    partial_ptr,
+    partial_stats_ptr,
+    part,
+    most,
+    sums,
+    acc,
+    G: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    G_PAD: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+):
+    """Store what `attend_span` returned for some of a group's tokens as partial result `part`."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, DV_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < DV)
+    offset = head[:, None] * DV_PAD + channel[None, :]
+    tl.store(partial_ptr + part * (G_ROWS * DV_PAD) + offset, acc, inside)
+    stats_ptr = partial_stats_ptr + part * (2 * G_ROWS) + head
+    tl.store(stats_ptr, most, head < G)
+    tl.store(stats_ptr + G_ROWS, sums, head < G)
