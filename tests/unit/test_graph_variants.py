@@ -107,3 +107,34 @@ def test_a_failed_capture_leaves_no_dense_step_behind() -> None:
 def test_other_runners_capture_as_ever(runner: Runner) -> None:
     runner.capture_one_shape(2)
     assert runner.captured == {ShapeKey(2, None, None): False}
+
+
+def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> None:
+    planned: list[tuple[int, bool]] = []
+    made = object.__new__(TritonAttnBackend)
+    made.dense = SimpleNamespace(
+        init_forward_metadata_out_graph=lambda batch, in_capture: planned.append(
+            (batch.batch_size, in_capture)
+        )
+    )
+    made.runtime = SimpleNamespace(
+        begin_step=lambda dense: None,
+        begin_decode=lambda *rows: None,
+        is_faster_dense=lambda lengths: True,
+    )
+    made.req_to_token_pool = SimpleNamespace(req_to_token=None)
+
+    def batch(size: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            batch_size=size, seq_lens_cpu=None, seq_lens=None, req_pool_indices=None
+        )
+
+    for size in (4, 2):
+        for made.dense_step in (True, False):
+            made.init_forward_metadata_out_graph(batch(size), in_capture=True)
+    assert planned == [(4, True), (2, True)]
+    made.has_dense_graphs = True
+    for _ in range(2):
+        made.init_forward_metadata_out_graph(batch(2))
+    assert planned[2:] == [(2, False), (2, False)]
+    assert made.dense_step

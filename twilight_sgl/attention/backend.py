@@ -118,6 +118,7 @@ class TritonAttnBackend(TwilightAttnBackend):
     runtime: "TritonRuntime"
     dense_step = False
     has_dense_graphs = False
+    _dense_captured = False  # whether the last capture was of a dense step
 
     @property
     def wants_dense_graphs(self) -> bool:
@@ -145,7 +146,12 @@ class TritonAttnBackend(TwilightAttnBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Plan a graph's step; the graph reads the plan, never SGLang's request table."""
-        self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        # Both graphs of a batch size read the metadata of the first, the dense one: a second
+        # capture's could take its place (flashinfer makes a wrapper for each).
+        selects_after_dense = in_capture and not self.dense_step and self._dense_captured
+        if not selects_after_dense:
+            self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+        self._dense_captured = in_capture and self.dense_step
         if not in_capture:
             lengths = forward_batch.seq_lens_cpu
             self.dense_step = self.has_dense_graphs and self.runtime.is_faster_dense(lengths)
