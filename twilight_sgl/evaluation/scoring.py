@@ -1,0 +1,51 @@
+"""Scores as RULER publishes them, and how sure one can be of their means."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_Z = 1.959964  # of the normal distribution, for 95 %
+_RESAMPLES = 2000
+_PERCENTILES = (2.5, 97.5)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean score in [0, 1], its 95 % interval, and how many samples it is of."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+
+
+def recall(output: str, references: Sequence[str]) -> float:
+    """Share of references that the output contains, whatever their case, in [0, 1].
+
+    RULER's `string_match_all` (Hsieh et al., arXiv 2404.06654, section 4), without its factor of
+    a hundred.
+    """
+    text = output.lower()
+    return sum(reference.lower() in text for reference in references) / len(references)
+
+
+def mean(scores: Sequence[float]) -> Mean:
+    """The mean of at least one score, with its 95 % confidence interval.
+
+    Wilson's score interval (JASA 22, 1927) where every score is 0 or 1, so that an interval has a
+    width where all samples pass; else the percentile bootstrap (Efron, 1979), always with the same
+    resamples.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    average, count = float(values.mean()), len(values)
+    if np.isin(values, (0.0, 1.0)).all():
+        scale = 1 + _Z**2 / count
+        middle = (average + _Z**2 / (2 * count)) / scale
+        half = _Z * math.sqrt(average * (1 - average) / count + (_Z / (2 * count)) ** 2) / scale
+        return Mean(average, min(middle - half, average), max(middle + half, average), count)
+    rng = np.random.default_rng(0)
+    means = [float(rng.choice(values, count).mean()) for _ in range(_RESAMPLES)]
+    low, high = (float(point) for point in np.percentile(means, _PERCENTILES))
+    return Mean(average, min(low, average), max(high, average), count)

@@ -1,0 +1,122 @@
+"""The tasks by name, and samples of them sized for a context."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from twilight_sgl.errors import TwilightError
+from twilight_sgl.evaluation.aggregation import common_words, frequent_words, variable_tracking
+from twilight_sgl.evaluation.needles import Build, Needles, passkey
+
+_ENOUGH = 0.995  # of the room filled
+_STEP = 16  # pieces by which every prompt grows, unless it has run out of different ones
+
+
+@dataclass(frozen=True)
+class Task:
+    """How one task's samples are made.
+
+    Attributes:
+        prepare: draws what the sample is about; the result builds a prompt of a size, and what
+            its answer must hold.
+        output_tokens: room for the answer, as published.
+        smallest: size below which there is nothing to find it among.
+    """
+
+    prepare: Callable[[random.Random], Build]
+    output_tokens: int
+    smallest: int = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what its answer must hold."""
+
+    task: str
+    context: int
+    seed: int
+    index: int
+    prompt: str
+    references: list[str]
+    prompt_tokens: int
+    output_tokens: int
+
+
+TASKS = {
+    "passkey": Task(passkey, 32),
+    "niah_single_1": Task(Needles("noise"), 128),
+    "niah_single_2": Task(Needles("essay"), 128),
+    "niah_single_3": Task(Needles("essay", value="uuid"), 128),
+    "niah_multikey_1": Task(Needles("essay", keys=4), 128),
+    "niah_multikey_2": Task(Needles("needles"), 128),
+    "niah_multikey_3": Task(Needles("needles", key="uuid", value="uuid"), 128),
+    "niah_multivalue": Task(Needles("essay", values=4), 128),
+    "niah_multiquery": Task(Needles("essay", keys=4, queries=4), 128),
+    "vt": Task(variable_tracking, 30),
+    "cwe": Task(common_words, 120),
+    "fwe": Task(frequent_words, 50, smallest=100),
+}
+GROUPS = {"all": tuple(TASKS), "ruler": tuple(name for name in TASKS if name != "passkey")}
+
+
+def parse_tasks(names: Sequence[str]) -> list[str]:
+    """Names of tasks, groups spelled out, each once.
+
+    Raises:
+        TwilightError: one is neither a task nor a group.
+    """
+    if unknown := [name for name in names if name not in TASKS and name not in GROUPS]:
+        raise TwilightError(
+            f"no task {', '.join(map(repr, unknown))}; tasks: {', '.join(TASKS)}; "
+            f"groups: {', '.join(GROUPS)}"
+        )
+    return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))
+
+
+def make_sample(
+    task: str, context: int, seed: int, index: int, count_tokens: Callable[[str], int]
+) -> Sample:
+    """The sample of (task, context, seed, index): always the same for one tokenizer and Python.
+
+    Args:
+        context: tokens that prompt and output take together, at most.
+        count_tokens: tokens of a prompt, with what the tokenizer adds.
+    Raises:
+        TwilightError: the context is too small for the task, or too large for its words.
+    """
+    about = TASKS[task]
+    build = about.prepare(random.Random(f"{task} {context} {seed} {index}"))
+    limit = context - about.output_tokens
+    low, low_tokens = about.smallest, count_tokens(build(about.smallest)[0])
+    if low_tokens > limit:
+        raise TwilightError(
+            f"--context {context} is too small for {task}, which takes {low_tokens} tokens and "
+            f"{about.output_tokens} of output: pass more, or leave the task out"
+        )
+    # The prompt grows with the size by nearly as many tokens a piece: interpolate, and bisect
+    # where that is off.
+    step = _STEP
+    high, high_tokens = 0, 0
+    while not high:
+        tokens = count_tokens(build(low + step)[0])
+        if tokens == low_tokens:
+            raise TwilightError(
+                f"--context {context} is more than {task} has different words for "
+                f"({tokens} tokens): pass less, or leave the task out"
+            )
+        if tokens > limit:
+            high, high_tokens = low + step, tokens
+        else:
+            grown = max((tokens - low_tokens) / step, 1e-9)
+            low, low_tokens = low + step, tokens
+            step = max(int((limit - tokens) / grown * 1.02), _STEP)
+    while high - low > 1 and low_tokens < _ENOUGH * limit:
+        share = (limit - low_tokens) / (high_tokens - low_tokens)
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        tokens = count_tokens(build(middle)[0])
+        if tokens <= limit:
+            low, low_tokens = middle, tokens
+        else:
+            high, high_tokens = middle, tokens
+    prompt, references = build(low)
+    return Sample(task, context, seed, index, prompt, references, low_tokens, about.output_tokens)
