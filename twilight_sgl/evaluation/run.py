@@ -1,0 +1,264 @@
+"""Tasks against a live server, into a file of results that a later run goes on with."""
+
+import argparse
+import asyncio
+import hashlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from tqdm import tqdm
+
+from twilight_sgl import __version__
+from twilight_sgl.benchmark.decode_figures import budget, twilight_state
+from twilight_sgl.benchmark.record import parse_tokens
+from twilight_sgl.benchmark.streaming import open_session
+from twilight_sgl.errors import TwilightError
+from twilight_sgl.evaluation.client import (
+    Server,
+    complete,
+    find_server,
+    method_name,
+    read_info,
+)
+from twilight_sgl.evaluation.records import Writer
+from twilight_sgl.evaluation.scoring import recall
+from twilight_sgl.evaluation.tasks import GROUPS, TASKS, Sample, make_sample, parse_tasks
+from twilight_sgl.evaluation.text import text_hash
+from twilight_sgl.request import RequestOptions
+
+
+def parse_contexts(value: str) -> tuple[int, ...]:
+    """Read comma-separated counts of tokens: `4k,16k`."""
+    return tuple(dict.fromkeys(parse_tokens(part.strip()) for part in value.split(",")))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "tasks",
+        nargs="+",
+        metavar="TASK",
+        help=f"{', '.join(TASKS)}; or {' or '.join(GROUPS)} of them",
+    )
+    parser.add_argument("--url", required=True, help="e.g. http://127.0.0.1:30000")
+    parser.add_argument(
+        "--context",
+        type=parse_contexts,
+        default="4k",
+        metavar="TOKENS,...",
+        help="prompt and output together (default: %(default)s)",
+    )
+    parser.add_argument("--samples", type=int, default=50, help="of each task and context")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, help="results; gone on with if there")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    parser.add_argument("--p", type=float, help="of every request; by default the server's")
+    parser.add_argument(
+        "--twilight", choices=["on", "off"], default="on", help="off: every request is dense"
+    )
+    parser.add_argument("--tokenizer", help="path or name; by default what the server says")
+    parser.add_argument("--method", help="name in reports; by default what the server decodes with")
+
+
+def check_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Twilight's options for every request; None for the server's.
+
+    Raises:
+        TwilightError: a value that cannot be.
+    """
+    for name in ("samples", "concurrency"):
+        if getattr(args, name) < 1:
+            raise TwilightError(f"--{name} {getattr(args, name)}: pass at least 1")
+    if args.twilight == "off":
+        if args.p is not None:
+            raise TwilightError(f"--p {args.p} and --twilight off: pass one of them")
+        return {"enabled": False}
+    if args.p is None:
+        return None
+    try:
+        RequestOptions.from_custom_params({"twilight": {"p": args.p}})
+    except TwilightError as error:
+        raise TwilightError(f"--p {args.p}: {error}") from error
+    return {"p": args.p}
+
+
+def check_server(server: Server, contexts: Sequence[int], twilight: dict[str, Any] | None) -> None:
+    """Raise TwilightError for a server without room for the contexts, or without Twilight."""
+    limit = server.context_tokens
+    if limit is not None and max(contexts) > limit:
+        raise TwilightError(
+            f"--context {max(contexts)} exceeds the {limit} tokens that the server at "
+            f"{server.url} takes: pass {limit} or less, or start it with a larger "
+            "--context-length or --mem-fraction-static"
+        )
+    if twilight is not None and twilight_state(server.info) is None:
+        flag = "--p" if "p" in twilight else "--twilight off"
+        raise TwilightError(
+            f"{flag}: the server at {server.url} does not decode with Twilight: leave it out, or "
+            "start the server with python -m twilight_sgl.launch_server"
+        )
+
+
+def load_tokenizer(name: str) -> Callable[[str], int]:
+    """A function that counts a prompt's tokens, with those that the tokenizer adds.
+
+    Raises:
+        TwilightError: there is no such tokenizer here.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise TwilightError(
+            f"the tokenizer {name} cannot be read here ({error}): pass --tokenizer, the folder of "
+            "the served model's"
+        ) from error
+    return lambda prompt: len(tokenizer(prompt, verbose=False).input_ids)
+
+
+class Evaluation:
+    """One pass of the command over its tasks and contexts."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        server: Server,
+        session: aiohttp.ClientSession,
+        writer: Writer,
+        count_tokens: Callable[[str], int],
+        twilight: dict[str, Any] | None,
+    ) -> None:
+        self.args, self.server, self.session, self.writer = args, server, session, writer
+        self.count_tokens, self.twilight = count_tokens, twilight
+        self._maker = ThreadPoolExecutor(1)  # makes prompts while the server answers others
+
+    async def run(self, tasks: Sequence[str]) -> None:
+        """Evaluate what the file does not hold yet."""
+        done = self.writer.run.samples
+        groups = {
+            (task, context): [
+                index
+                for index in range(self.args.samples)
+                if (task, context, self.args.seed, index) not in done
+            ]
+            for context in self.args.context
+            for task in tasks
+        }
+        total = len(groups) * self.args.samples
+        left = sum(map(len, groups.values()))
+        with self._maker, tqdm(total=total, initial=total - left, unit="sample") as progress:
+            for (task, context), indices in groups.items():
+                progress.set_description(f"{task} {context}")
+                if indices:
+                    await self._group(task, context, indices, progress)
+
+    async def _group(self, task: str, context: int, indices: list[int], progress: tqdm) -> None:
+        before = await read_info(self.session, self.server)
+        waiting = iter(indices)
+
+        async def work() -> None:
+            for index in waiting:
+                self.writer.add_sample(await self._sample(task, context, index))
+                progress.update()
+
+        workers = [asyncio.create_task(work()) for _ in range(self.args.concurrency)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        spent = budget(before, await read_info(self.session, self.server))
+        if spent is not None:
+            about = {"task": task, "context": context, "seed": self.args.seed}
+            self.writer.add_budget({**about, "samples": len(indices), "budget": spent})
+
+    async def _sample(self, task: str, context: int, index: int) -> dict[str, Any]:
+        loop = asyncio.get_running_loop()
+        sample: Sample = await loop.run_in_executor(
+            self._maker, make_sample, task, context, self.args.seed, index, self.count_tokens
+        )
+        sent = time.perf_counter()
+        answer = await complete(
+            self.session,
+            self.server,
+            sample.prompt,
+            max_tokens=sample.output_tokens,
+            twilight=self.twilight,
+        )
+        return {
+            "task": task,
+            "context": context,
+            "seed": self.args.seed,
+            "index": index,
+            "prompt_sha256": hashlib.sha256(sample.prompt.encode()).hexdigest(),
+            "prompt_tokens": sample.prompt_tokens,
+            "served_prompt_tokens": answer.prompt_tokens,
+            "output": answer.text,
+            "references": sample.references,
+            "score": recall(answer.text, sample.references),
+            "latency_s": time.perf_counter() - sent,
+        }
+
+
+async def _evaluate(args: argparse.Namespace) -> Writer:
+    tasks, twilight = parse_tasks(args.tasks), check_arguments(args)
+    async with open_session() as session:
+        server = await find_server(session, args.url)
+        check_server(server, args.context, twilight)
+        tokenizer = args.tokenizer or server.tokenizer
+        count_tokens = load_tokenizer(tokenizer)
+        state = twilight_state(server.info)
+        settings = {
+            "method": args.method or method_name(server.info, twilight),
+            "dense": state is None or twilight == {"enabled": False},
+            "model": server.model,
+            "tokenizer": tokenizer,
+            "endpoint": server.endpoint,
+            "request": twilight,
+            "server": None if state is None else state["config"],
+            "sglang": server.info.get("version"),
+            "version": __version__,
+            "text": text_hash(),
+        }
+        with Writer(args.json, settings) as writer:
+            for task in tasks:  # a context too small for one is better known before an hour's work
+                make_sample(task, min(args.context), args.seed, 0, count_tokens)
+            await Evaluation(args, server, session, writer, count_tokens, twilight).run(tasks)
+    return writer
+
+
+def _summarise(writer: Writer) -> None:
+    run = writer.run
+    by_group: dict[tuple[int, str], list[float]] = {}
+    for sample in run.samples.values():
+        by_group.setdefault((sample["context"], sample["task"]), []).append(sample["score"])
+    for (context, task), scores in sorted(by_group.items()):
+        print(f"{task:16} {context:7d}  {sum(scores) / len(scores):6.1%} of {len(scores)}")
+    if not run.settings["dense"] and not any(b["budget"]["context_tokens"] for b in run.budgets):
+        print(
+            "no decode step was sparse, so these are figures of dense attention: see the server's "
+            "--twilight-min-context-tokens and --twilight-min-step-mb (0 makes small steps sparse)",
+            file=sys.stderr,
+        )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluate; returns a process exit status, 1 with a message on bad input."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        writer = asyncio.run(_evaluate(args))
+    except TwilightError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {args.json}", file=sys.stderr)
+        return 130
+    _summarise(writer)
+    return 0
