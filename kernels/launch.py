@@ -25,6 +25,12 @@ def grid_programs(device: torch.device, per_multiprocessor: int) -> int:
     return _multiprocessors(index) * per_multiprocessor
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of one of the GPU's multiprocessors."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
 def compute_dtype(q_dtype: torch.dtype) -> tl.dtype:
     """Dtype of the products with q: q's own, float32 under the interpreter (no bfloat16 there)."""
     if is_interpreted() or q_dtype == torch.float32:

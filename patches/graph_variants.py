@@ -20,11 +20,11 @@ def _backend(runner: Any) -> Any:
 def _capture_both(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     backend = _backend(runner)
     if backend is not None:
-        backend.dense_step = True
+        backend.captures_dense = True
         try:
             original(runner, *args, **kwargs)
         finally:
-            backend.dense_step = False
+            backend.captures_dense = False
         backend.has_dense_graphs = True
     return original(runner, *args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -121,6 +122,10 @@ def _refuse_unsupported(server_args: Any) -> None:
         raise TwilightError(
             "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING sizes the KV pool twice, which Twilight's "
             "summaries cannot follow; unset it"
+        )
+    if os.environ.get("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "0") not in ("0", "false", ""):
+        raise TwilightError(
+            "SGLANG_ENABLE_METADATA_GLUE_GRAPH plans steps without asking the backend; unset it"
         )
     model = model_config(server_args)
     refuse_model(model)

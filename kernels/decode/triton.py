@@ -6,8 +6,9 @@ attend to their stripes. The search for thresholds and the merge of the results 
 query head. In between they wait for each other. The reference is
 `twilight_sgl.attention.pipeline.decode_reference`.
 
-Programs that wait for each other must run at the same time, so the grid never has more of them than
-the GPU holds. With one part there is no waiting, and any number of programs may run.
+Programs that wait for each other must run at the same time. So the grid never has more of them than
+the GPU holds, and two such kernels must not run at once, as on two streams. With one part nobody
+waits, and any number of programs may run.
 """
 
 import torch
@@ -21,28 +22,33 @@ from twilight_sgl.kernels.launch import (
     grid_programs,
     is_interpreted,
     launch_options,
+    shared_memory,
 )
 from twilight_sgl.kernels.page_score.triton import score_dtype
 
 MOST_COLUMNS = 2048
 MOST_PARTS = 32  # programs that share a (request, KV head)
 _FEW_PAIRS = 8
+_SHARED_OF_TWO = 166 << 10  # bytes
 
 
-def _tiling(pairs: int, key_bytes: int) -> tuple[int, int]:
+def _tiling(pairs: int, wide: bool, device: torch.device) -> tuple[int, int]:
     """Warps of a program, and programs that an SM surely holds at once.
 
-    An SM's 64 Ki registers are 255 for each thread of 8 warps, the most the compiler takes, and
-    with keys of 2 bytes no stage's tiles take half its shared memory (tests/gpu checks that).
+    An SM's 64 Ki registers are 255 for each thread of 8 warps, the most the compiler takes. Two
+    programs need up to 164 KiB of its shared memory, unless tiles are `wide`: keys of 4 bytes, or
+    exact keys of more than 128 channels for the estimate (tests/gpu reads what the compiler took).
     """
-    return (8, 1) if pairs <= _FEW_PAIRS or key_bytes > 2 else (4, 2)
+    if pairs <= _FEW_PAIRS or wide or shared_memory(device) < _SHARED_OF_TWO:
+        return 8, 1
+    return 4, 2
 
 
-def decode_parts(pairs: int, key_bytes: int, device: torch.device) -> int:
-    """Programs for each of `pairs` (request, KV head)s."""
+def decode_parts(pairs: int, wide: bool, device: torch.device) -> int:
+    """Programs for each of `pairs` (request, KV head)s; for `wide` see `_tiling`."""
     if is_interpreted():
         return 1  # it runs one program at a time
-    _, at_once = _tiling(pairs, key_bytes)
+    _, at_once = _tiling(pairs, wide, device)
     return max(1, min(MOST_PARTS, grid_programs(device, at_once) // pairs))
 
 
@@ -98,8 +104,8 @@ def decode_layer(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     pairs = batch * heads_kv
-    key_bytes = key_cache.element_size()
-    parts = decode_parts(pairs, key_bytes, q.device)
+    wide = key_cache.element_size() > 2 or (codes is None and dim > 128)
+    parts = decode_parts(pairs, wide, q.device)
     interpreted = is_interpreted()
     decode_kernel[(pairs * parts,)](
         q,
@@ -174,5 +180,5 @@ def decode_layer(
         ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
         ATTEND_STAGES=1 if interpreted else 5,
         PACKED_ASM=not interpreted,
-        **launch_options(_tiling(pairs, key_bytes)[0]),
+        **launch_options(8 if interpreted else _tiling(pairs, wide, q.device)[0]),
     )

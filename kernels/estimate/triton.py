@@ -223,7 +223,7 @@ def estimate_pages(
                 logits.to(out_ptr.dtype.element_ty),
                 (head[:, None] < G) & inside[None, :],
             )
-        if last_page == count:
+        if (first_page < last_page) & (last_page == count):
             offset = tl.arange(0, PS)
             open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
             open_inside = offset < open_tokens

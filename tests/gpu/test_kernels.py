@@ -94,6 +94,7 @@ CASES = [
     ),
     Case("peaked", RAGGED, 8, 2, 128, dtype=BF16, q_scale=6.0),
     Case("flat", RAGGED, 8, 2, 128, dtype=BF16, q_scale=0.0),
+    Case("more-parts-than-pages", (1100,), 2, 1, 64, dtype=BF16, budget=0.5),
     Case("sinks", RAGGED, 64, 8, 64, dtype=BF16, dense=(7,), sink_logits=2.0),
     Case("128k", (131072, 100, 70000), 8, 2, 128, dtype=BF16, budget=0.25),
     Case("256k", (262144,), 8, 1, 64, dtype=BF16, budget=0.25),
@@ -118,6 +119,7 @@ def test_pipeline_equals_reference_and_itself(case: Case, one_launch: bool) -> N
     for buffer in (decode.out, decode.scores, decode.logits):
         if buffer is not None:
             buffer.fill_(float("nan"))
+    decode.candidate_page_ids.fill_(-(1 << 30))
     again = run(case, drawn, decode)
     assert torch.equal(out, again.output)
     assert torch.equal(kept, again.kept_tokens)
@@ -128,10 +130,14 @@ def test_pipeline_equals_reference_and_itself(case: Case, one_launch: bool) -> N
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("estimator", ["int4", "exact"])
 @pytest.mark.parametrize("batch", [1, 5], ids=["few-pairs", "many-pairs"])
-def test_programs_that_wait_for_each_other_fit_on_the_gpu(dim: int, batch: int) -> None:
-    case = Case("fit", (600,) * batch, 16, 2, dim, dtype=BF16)
-    _, at_once = _tiling(2 * batch, 2)
+def test_programs_that_wait_for_each_other_fit_on_the_gpu(
+    dim: int, estimator: str, batch: int
+) -> None:
+    case = Case("fit", (600,) * batch, 16, 2, dim, dtype=BF16, estimator=estimator)
+    wide = estimator == "exact" and dim > 128
+    _, at_once = _tiling(2 * batch, wide, torch.device("cuda", 0))
     drawn = draw(case)
     decode_kernel.device_caches.clear()
     run(case, drawn, decoder(case, drawn, one_launch=True))

@@ -66,7 +66,8 @@ class Server:
 
     def generate(self, prompt: Prompt, tokens: int, twilight: Any = None) -> Any:
         """Generate exactly `tokens` tokens, greedily."""
-        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        # With `ignore_eos` SGLang 0.5.23 would reserve them all, and never have to retract.
+        sampling = {"max_new_tokens": tokens, "min_new_tokens": tokens, "temperature": 0}
         if twilight is not None:
             sampling["custom_params"] = {"twilight": twilight}
         given = {"text": prompt} if isinstance(prompt, str) else {"input_ids": prompt}

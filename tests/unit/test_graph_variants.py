@@ -26,6 +26,7 @@ def runtime(**settings: Any) -> TritonRuntime:
 def backend(**settings: Any) -> TritonAttnBackend:
     made = object.__new__(TritonAttnBackend)
     made.runtime = runtime(**settings)
+    made.data_parallel = False
     return made
 
 
@@ -43,6 +44,7 @@ class Runner:
     def capture_one_shape(self, size: int, label: str | None = None) -> None:
         def original(runner: Runner, size: int) -> None:
             decode = self.attn_backend.decode_backend
+            decode.dense_step = getattr(decode, "captures_dense", False)
             self.captured[self.key(size, label)] = getattr(decode, "dense_step", False)
 
         _capture_both(original, self, size)
@@ -62,6 +64,12 @@ class Runner:
 )
 def test_steps_too_small_are_dense(lengths: list[int], settings: dict, dense: bool) -> None:
     assert runtime(**settings).is_faster_dense(torch.tensor(lengths)) is dense
+
+
+def test_data_parallel_ranks_replay_the_same_graph() -> None:
+    made = backend()
+    made.data_parallel = True
+    assert not made.wants_dense_graphs
 
 
 def test_steps_of_unknown_lengths_select() -> None:
@@ -91,7 +99,7 @@ def test_a_failed_capture_leaves_no_dense_step_behind() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         _capture_both(failing, runner, 1)
     ours = runner.attn_backend.decode_backend
-    assert not ours.dense_step
+    assert not ours.captures_dense
     assert not ours.has_dense_graphs
 
 
@@ -130,8 +138,9 @@ def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> Non
         )
 
     for size in (4, 2):
-        for made.dense_step in (True, False):
+        for made.captures_dense in (True, False):
             made.init_forward_metadata_out_graph(batch(size), in_capture=True)
+            assert made.dense_step == made.captures_dense
     assert planned == [(4, True), (2, True)]
     made.has_dense_graphs = True
     for _ in range(2):

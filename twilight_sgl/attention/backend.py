@@ -35,6 +35,7 @@ class TwilightAttnBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.runtime = runtime
+        self.data_parallel: bool = model_runner.server_args.enable_dp_attention
 
     def _save(
         self, k: torch.Tensor | None, v: torch.Tensor | None, layer: Any, forward_batch: Any
@@ -112,19 +113,24 @@ class TritonAttnBackend(TwilightAttnBackend):
 
     Attributes:
         dense_step: whether the current step, or the one being captured, is dense.
+        captures_dense: whether the next graph captured is to be of a dense step.
         has_dense_graphs: whether graphs of dense steps were captured beside the others.
     """
 
     runtime: "TritonRuntime"
     dense_step = False
+    captures_dense = False
     has_dense_graphs = False
-    _dense_captured = False  # whether the last capture was of a dense step
+    _captured_size: int | None = None  # batch size of the capture before, if it was one
 
     @property
     def wants_dense_graphs(self) -> bool:
-        """Whether some steps would be dense."""
+        """Whether some steps would be dense.
+
+        Not under data-parallel attention, whose ranks must replay the same graph.
+        """
         config = self.runtime.config
-        return config.min_step_mb > 0 or config.min_context_tokens > 1
+        return not self.data_parallel and (config.min_step_mb > 0 or config.min_context_tokens > 1)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what graphs of up to max_bs rows use."""
@@ -139,20 +145,22 @@ class TritonAttnBackend(TwilightAttnBackend):
         """Plan an eager step, and seal the pages it needs."""
         self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
-            self.dense_step = self.runtime.is_faster_dense(forward_batch.seq_lens_cpu)
+            lengths = forward_batch.seq_lens_cpu
+            self.dense_step = self.wants_dense_graphs and self.runtime.is_faster_dense(lengths)
             self._begin(forward_batch)
             if not self.dense_step:
                 self.runtime.seal_claimed()
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Plan a graph's step; the graph reads the plan, never SGLang's request table."""
-        # Both graphs of a batch size read the metadata of the first, the dense one: a second
-        # capture's could take its place (flashinfer makes a wrapper for each).
-        selects_after_dense = in_capture and not self.dense_step and self._dense_captured
-        if not selects_after_dense:
+        # All graphs of a batch size read the metadata of its first capture: a later one's could
+        # take its place (flashinfer makes a wrapper for each).
+        if not in_capture or forward_batch.batch_size != self._captured_size:
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
-        self._dense_captured = in_capture and self.dense_step
-        if not in_capture:
+        self._captured_size = forward_batch.batch_size if in_capture else None
+        if in_capture:
+            self.dense_step = self.captures_dense
+        else:
             lengths = forward_batch.seq_lens_cpu
             self.dense_step = self.has_dense_graphs and self.runtime.is_faster_dense(lengths)
         self._begin(forward_batch, in_capture=in_capture)

@@ -24,6 +24,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MAX_PAGES = 32768
+MOST_CANDIDATES = 16384  # tokens that a program can weigh in its registers
 MOST_PAIRS = 64  # (request, KV head)s up to which one launch is faster, read on an H100
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
@@ -203,7 +204,8 @@ class TritonDecode:
             return False
         if self.one_launch is not None:
             return self.one_launch
-        return batch * self.counts.shape[1] <= MOST_PAIRS
+        capacity = self.positions.shape[-1] * self.selection.page_size
+        return batch * self.counts.shape[1] <= MOST_PAIRS and capacity <= MOST_CANDIDATES
 
     def stages(
         self,
