@@ -147,3 +147,11 @@ def test_draws_do_not_depend_on_how_many_are_asked_for() -> None:
     twice.first(3)
     assert once.first(50) == twice.first(50)
     assert len(set(once.first(10**6))) == len(text.ADJECTIVES) * len(text.NOUNS)
+
+
+def test_essays_are_prose_from_places_of_their_own() -> None:
+    one, two = (text.essay(random.Random(seed)).first(1000) for seed in range(2))
+    assert one != two
+    assert all(40 <= len(sentence) <= 300 for sentence in one)
+    assert not any("---" in sentence or "::=" in sentence for sentence in one)
+    assert sum(map(str.isalpha, "".join(one))) > 0.7 * len("".join(one))

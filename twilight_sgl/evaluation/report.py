@@ -124,7 +124,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
                 capsize=2,
                 linestyle="none",
             )
-        axes.plot([], [], "s", color=COLOURS[colour % len(COLOURS)], label=method)
+        axes.plot([], [], color=COLOURS[colour % len(COLOURS)], linewidth=4, label=method)
     for marker, context in enumerate(contexts):
         axes.plot(
             [], [], _MARKERS[marker % len(_MARKERS)], color="black", label=f"{context} tokens"

@@ -131,11 +131,14 @@ def _manual() -> str:
 
 @functools.cache
 def _sentences() -> tuple[str, ...]:
-    """Prose alone: neither fragments nor the long runs without a full stop that tables leave."""
+    """Prose alone: no fragments, no long runs without a full stop, no tables or grammar."""
     return tuple(
         sentence
         for sentence in re.split(r"(?<=[.!?]) ", _manual())
-        if len(sentence) in _SENTENCE_CHARACTERS and sentence[0].isupper() and sentence[-1] in ".!?"
+        if len(sentence) in _SENTENCE_CHARACTERS
+        and sentence[0].isupper()
+        and sentence[-1] in ".!?"
+        and not re.search(r"[-=*|+]{3}|::|\| ", sentence)
     )
 
 
