@@ -93,7 +93,7 @@ def test_good_environment_passes(model: Callable[[dict[str, Any]], str]) -> None
     assert "page_size 32" in details["config"]
     # 4 layers of 2 heads of 64 in float32, of which 2 layers select: 2 * (2*64*4/32 + 64/2 + 4)
     assert "L=4 (2 selecting), HQ=4, HK=2, D=64" in details["model"]
-    assert "KV 4,096, summaries 208 (5%)" in details["model"]
+    assert "KV 4,096, summaries 160 (4%)" in details["model"]
     assert "tokens of context without Twilight" in details["memory"]
 
 
