@@ -52,6 +52,7 @@ bin=$TWILIGHT_VENV/bin
 step "ruff check" "$bin/ruff" check .
 step "ruff format" "$bin/ruff" format --check .
 step mypy types
+export OMP_NUM_THREADS=1 # threads that wait for each other are slow where tests share the cores
 selected=(-m "not gpu and not nightly")
 if [ $# -gt 0 ]; then
     step pytest "$bin/pytest" "${selected[@]}" "$@"
