@@ -418,6 +418,7 @@ def test_slow_server_is_given_up_with_all_its_processes(tmp_path: Path) -> None:
     assert ends(child)
 
 
+@pytest.mark.nightly  # starts three processes that import SGLang
 def test_interrupt_ends_all_processes(tmp_path: Path, model: Path) -> None:
     """The launcher is replaced by a script that never listens; the benchmark waits for it."""
     script = tmp_path / "run.py"
