@@ -39,7 +39,7 @@ def _tiling(pairs: int, wide: bool, device: torch.device) -> tuple[int, int]:
     programs need up to 164 KiB of its shared memory, unless tiles are `wide`: keys of 4 bytes, or
     exact keys of more than 128 channels for the estimate (tests/gpu reads what the compiler took).
     """
-    if pairs <= _FEW_PAIRS or wide or shared_memory(device) < _SHARED_OF_TWO:
+    if pairs <= _FEW_PAIRS or wide or is_interpreted() or shared_memory(device) < _SHARED_OF_TWO:
         return 8, 1
     return 4, 2
 
@@ -180,5 +180,5 @@ def decode_layer(
         ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
         ATTEND_STAGES=1 if interpreted else 5,
         PACKED_ASM=not interpreted,
-        **launch_options(8 if interpreted else _tiling(pairs, wide, q.device)[0]),
+        **launch_options(_tiling(pairs, wide, q.device)[0]),
     )
