@@ -86,6 +86,7 @@ def decode_kernel(
     q_scale_sum_ptr,
     logits_ptr,
     thresholds_ptr,
+    masses_ptr,
     slots_ptr,
     partial_ptr,
     partial_stats_ptr,
@@ -267,8 +268,9 @@ def decode_kernel(
         for first in range(part * HEADS, G, parts * HEADS):
             member = first + tl.arange(0, HEADS)
             rows_ptr = pair_logits_ptr + tl.minimum(member, G - 1) * (width * PS)
-            found = find_thresholds(rows_ptr, tokens, mass, STEPS, HEADS, CAPACITY)
+            found, share = find_thresholds(rows_ptr, tokens, mass, STEPS, HEADS, CAPACITY)
             tl.store(thresholds_ptr + pair * G + member, found, member < G)
+            tl.store(masses_ptr + pair * G + member, share, member < G)
         _meet(arrivals_ptr, 3 * parts, parts)
 
         first_token = first_page * PS

@@ -34,6 +34,18 @@ def top_p_mask(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return exists & (weights >= low)
 
 
+def kept_mass(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of a row's weight that its kept tokens hold.
+
+    Args:
+        logits: [B, HQ, N] float32, -inf where there is no token; mask: [B, HQ, N] bool.
+    Returns:
+        [B, HQ] float32; 0 for rows without a token.
+    """
+    weights = logits.softmax(-1).nan_to_num(0.0)
+    return (weights * mask).sum(-1)
+
+
 def forced_tokens(
     token_positions: torch.Tensor,
     seq_lens: torch.Tensor,

@@ -47,12 +47,15 @@ def _threshold_in_registers(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.c
     target = p * total
     low = _search_start(total, p, tokens)
     high = total * 0.0
+    kept = total
     for _ in range(STEPS):
         middle = (low + high) * 0.5
-        enough = tl.sum(_mass_from(weights, tl.exp(middle)), 0) >= target
+        mass = tl.sum(_mass_from(weights, tl.exp(middle)), 0)
+        enough = mass >= target
+        kept = tl.where(enough, mass, kept)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    return _as_logit(top, low)
+    return _as_logit(top, low), kept / total
 
 
 @triton.jit
@@ -65,6 +68,8 @@ def find_thresholds(
 
     Args:
         rows_ptr: [ROWS] pointers to the rows' logits.
+    Returns:
+        [ROWS] logits, and [ROWS] shares of the weight from there on.
     """
     offset = tl.arange(0, BLOCK)
     logits = tl.load(
@@ -79,6 +84,7 @@ def find_thresholds(
     target = p * total
     low = _search_start(total, p, tokens)
     high = total * 0.0
+    kept = total
     for _ in range((STEPS + 1) // 2):
         quarter = (high - low) * 0.25
         first = low + quarter
@@ -96,8 +102,13 @@ def find_thresholds(
         low = tl.where(mass1 >= target, first, low)
         low = tl.where(mass2 >= target, second, low)
         low = tl.where(mass3 >= target, third, low)
+        kept = tl.where(mass1 >= target, mass1, kept)
+        kept = tl.where(mass2 >= target, mass2, kept)
+        kept = tl.where(mass3 >= target, mass3, kept)
         high = low + quarter
-    return tl.where(p < 1.0, _as_logit(top, low), -float("inf"))
+    prunes = p < 1.0
+    found = tl.where(prunes, _as_logit(top, low), -float("inf"))
+    return found, tl.where(prunes, kept / total, 1.0)
 
 
 @triton.jit
@@ -117,6 +128,7 @@ def _threshold_looped(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constex
     target = p * total
     low = _search_start(total, p, tokens)
     high = total * 0.0
+    kept = total
     for _ in range(STEPS):
         middle = (low + high) * 0.5
         cut = tl.exp(middle)
@@ -124,10 +136,12 @@ def _threshold_looped(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constex
         for start in range(0, tokens, BLOCK):
             logits = tl.load(row_ptr + start + offset, start + offset < tokens, other=-float("inf"))
             sums += _mass_from(tl.exp(logits.to(tl.float32) - top), cut)
-        enough = tl.sum(sums, 0) >= target
+        mass = tl.sum(sums, 0)
+        enough = mass >= target
+        kept = tl.where(enough, mass, kept)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    return _as_logit(top, low)
+    return _as_logit(top, low), kept / total
 
 
 @triton.jit
@@ -137,6 +151,7 @@ def _threshold_kernel(
     counts_ptr,
     candidate_tokens_ptr,
     thresholds_ptr,
+    masses_ptr,
     capacity,
     HQ: tl.constexpr,
     G: tl.constexpr,
@@ -155,14 +170,16 @@ def _threshold_kernel(
     if tl.load(counts_ptr + pair) > 0:
         row_ptr = logits_ptr + head.to(tl.int64) * capacity
         threshold = -float("inf")
+        kept = tl.zeros((), tl.float32) + 1.0
         if p < 1.0:
             if (LARGE == SMALL and not LOOPED) or tokens <= SMALL:
-                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
+                threshold, kept = _threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
             elif LOOPED:
-                threshold = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
+                threshold, kept = _threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
             else:
-                threshold = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
+                threshold, kept = _threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
         tl.store(thresholds_ptr + head, threshold)
+        tl.store(masses_ptr + head, kept)
 
 
 @triton.jit
@@ -279,6 +296,7 @@ def top_p_thresholds(
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
     thresholds: torch.Tensor,
+    masses: torch.Tensor,
     *,
     steps: int = BISECTION_STEPS,
 ) -> None:
@@ -296,6 +314,8 @@ def top_p_thresholds(
         counts, candidate_tokens: [B, HK] int32 from `select_pages`; rows with count 0 are
             skipped.
         thresholds: [B, HQ] float32, written.
+        masses: [B, HQ] float32, written: the share of the candidates' weight from the threshold
+            on; 1 if the search never left its start, below which tokens weigh less than 1 - p.
     """
     batch, heads_q, capacity = logits.shape
     padded = max(16, triton.next_power_of_2(capacity))
@@ -306,6 +326,7 @@ def top_p_thresholds(
         counts,
         candidate_tokens,
         thresholds,
+        masses,
         capacity,
         HQ=heads_q,
         G=heads_q // counts.shape[1],

@@ -12,7 +12,7 @@ from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_l
 from twilight_sgl.kernels.page_score.reference import page_scores
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.select.reference import select_pages
-from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, top_p_mask
+from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, kept_mass, top_p_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -160,13 +160,13 @@ def expected_output(case: Case, drawn: Drawn, positions: torch.Tensor) -> LayerO
         recent_tokens=selection.recent_tokens,
     )
     p = plan.p if case.prune else torch.ones_like(plan.p)
-    kept_slots, kept = keep_union(
-        top_p_mask(logits, p), slots, token_positions, forced, plan.sparse
-    )
+    mask = top_p_mask(logits, p)
+    kept_slots, kept = keep_union(mask, slots, token_positions, forced, plan.sparse)
     output = attend(
         drawn.q, cache.keys, cache.values, kept_slots, kept, **scales, sinks=drawn.sinks
     )
-    return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept)
+    mass = kept_mass(logits, mask)
+    return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept, mass)
 
 
 def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:

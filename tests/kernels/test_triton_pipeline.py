@@ -102,6 +102,10 @@ def check_pipeline(case: Case, *, one_launch: bool) -> None:
     expected = expected_output(case, drawn, chosen_positions(decode, drawn))
     assert torch.equal(got.candidate_tokens, expected.candidate_tokens)
     assert ((got.kept_tokens - expected.kept_tokens).abs() <= 1).all()
+    pruned = drawn.plan.sparse & (drawn.plan.seq_lens > 0)
+    at_one = (pruned & (drawn.plan.p >= 1)) if case.prune else pruned
+    assert (got.kept_mass[at_one] == 1).all()
+    assert (got.kept_mass[pruned] >= drawn.plan.p[pruned].clamp(max=1).unsqueeze(1) - 1e-6).all()
     tolerance = 1e-3 if case.dtype == torch.float32 else 1e-2
     scale = expected.output.norm().clamp(min=1e-6)
     assert (got.output.float() - expected.output).norm() / scale < tolerance
@@ -144,12 +148,13 @@ def test_kept_mass_reaches_p_and_is_minimal_to_the_tolerance(p: float, steps: in
     case = Case("mass", (400,), 4, 1, 64, p=p, budget=1.0, q_scale=2.0)
     drawn = draw(case)
     decode = decoder(case, drawn, top_p_steps=steps)
-    run(case, drawn, decode)
+    got = run(case, drawn, decode)
     logits = decode.logits[0, :, :400].double()
     weights = torch.softmax(logits, -1)
     kept = logits >= decode.thresholds[0].double().unsqueeze(-1)
     mass = (weights * kept).sum(-1)
     assert (mass >= p - 1e-6).all()
+    assert (got.kept_mass[0] - mass).abs().max() < 1e-5
     width = torch.log(torch.tensor(400 / (1 - p))).item() / 2**steps
     surely_needed = logits >= decode.thresholds[0].unsqueeze(-1) + width + 0.02 / 2**steps + 2e-4
     assert ((weights * surely_needed).sum(-1) < p + 1e-6).all()

@@ -9,7 +9,7 @@ from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
 from twilight_sgl.kernels.select.reference import select_pages
-from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, top_p_mask
+from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, kept_mass, top_p_mask
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,14 @@ class LayerOutput:
         output: [B, HQ, DV] float32; zeros for padded rows.
         candidate_tokens: [B, HK] int32, B0 of each KV head.
         kept_tokens: [B, HK] int32, B1 of each KV head (the union over its group).
+        kept_mass: [B, HQ] float32, share of the candidates' estimated weight that top-p kept of
+            sparse rows; 1 without a pruner.
     """
 
     output: torch.Tensor
     candidate_tokens: torch.Tensor
     kept_tokens: torch.Tensor
+    kept_mass: torch.Tensor
 
 
 def decode_reference(
@@ -68,6 +71,7 @@ def decode_reference(
     )
     if selection.pruner == "none":
         mask = (token_positions >= 0).repeat_interleave(q.shape[1] // token_positions.shape[1], 1)
+        mass = torch.ones(q.shape[:2], device=q.device)
     else:
         exact = selection.estimator == "exact"
         logits = estimate_logits(
@@ -82,7 +86,8 @@ def decode_reference(
             logit_cap=logit_cap,
         )
         mask = top_p_mask(logits, plan.p)
+        mass = kept_mass(logits, mask)
     slots, kept = keep_union(mask, token_slots, token_positions, forced, plan.sparse)
     scales = {"sm_scale": sm_scale, "logit_cap": logit_cap}
     output = attend(q, cache.keys, cache.values, slots, kept, **scales, sinks=sinks)
-    return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept)
+    return LayerOutput(output, (token_positions >= 0).sum(-1).int(), kept, mass)

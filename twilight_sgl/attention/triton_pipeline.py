@@ -151,6 +151,7 @@ class TritonDecode:
         self.budgets = budget_table(self.columns, selection.budget, page_size, device)
         self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
         self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
+        self.masses = torch.ones((max_batch, heads_q), device=device)
         self.logits = self.thresholds = self.q_codes = self.q_scale_sum = None
         self.kept_token_slots = self.chunk_counts = None
         if prune:
@@ -174,6 +175,7 @@ class TritonDecode:
         sinks: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
+        masses: torch.Tensor | None = None,
     ) -> LayerOutput:
         """Run one layer; what `decode_reference` computes.
 
@@ -184,19 +186,29 @@ class TritonDecode:
             sinks: [HQ] learned attention sinks, see `attend`.
             out: [B, HQ, DV] for the output; the object's own memory by default.
             counts: [>= B, HK] int32 each, for the candidate and the kept tokens; likewise.
+            masses: [>= B, HQ] float32, for the kept mass of sparse rows; likewise.
         Returns:
             Output in q's dtype, zeros for padded rows. The three tensors are overwritten by the
             next call that writes to the same memory.
         """
         out = self.out[: q.shape[0]] if out is None else out
         counts = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
+        masses = self.masses if masses is None else masses
         stages = self.stages(
-            q, cache, plan, out, sm_scale=sm_scale, logit_cap=logit_cap, sinks=sinks, counts=counts
+            q,
+            cache,
+            plan,
+            out,
+            sm_scale=sm_scale,
+            logit_cap=logit_cap,
+            sinks=sinks,
+            counts=counts,
+            masses=masses,
         )
         for launch in stages.values():
             launch()
         batch = q.shape[0]
-        return LayerOutput(out, counts[0][:batch], counts[1][:batch])
+        return LayerOutput(out, counts[0][:batch], counts[1][:batch], masses[:batch])
 
     def _runs_in_one_launch(self, batch: int) -> bool:
         """Whether a batch of this size takes `decode_layer`."""
@@ -218,6 +230,7 @@ class TritonDecode:
         logit_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
+        masses: torch.Tensor | None = None,
     ) -> dict[str, Callable[[], None]]:
         """The launches of `run` by name, in order, for benchmarks to time one by one."""
         batch = q.shape[0]
@@ -232,6 +245,7 @@ class TritonDecode:
         positions, candidate_page_ids = self.positions[:batch], self.candidate_page_ids[:batch]
         totals = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
         candidate_tokens, kept_tokens = totals[0][:batch], totals[1][:batch]
+        kept_mass = (self.masses if masses is None else masses)[:batch]
         logits = None if self.logits is None else self.logits[:batch]
         thresholds = None if self.thresholds is None else self.thresholds[:batch]
         q_codes = None if self.q_codes is None else self.q_codes[:batch]
@@ -264,6 +278,7 @@ class TritonDecode:
                 q_scale_sum,
                 logits,
                 thresholds,
+                kept_mass,
                 lists,
                 self.attend_workspace,
                 out,
@@ -320,7 +335,13 @@ class TritonDecode:
                 logit_cap=logit_cap,
             )
             launches["top_p"] = lambda: top_p_thresholds(
-                logits, plan.p, page_counts, candidate_tokens, thresholds, steps=self.top_p_steps
+                logits,
+                plan.p,
+                page_counts,
+                candidate_tokens,
+                thresholds,
+                kept_mass,
+                steps=self.top_p_steps,
             )
             launches["union"] = lambda: unite_kept(
                 logits,
