@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ ESTIMATORS = ("int4", "exact")
 PRUNERS = ("top_p", "none")
 BOUNDS = ("auto", "float8", "keys")
 PAGE_SIZES = (16, 32, 64)
+_ADDRESS = re.compile(r"tcp://(?P<host>[\w.-]+|\*|\[[\da-fA-F:.]+\]):(?P<port>\d{1,5})")
+_TRUTH = {"true": True, "on": True, "false": False, "off": False}
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -70,6 +73,14 @@ class TwilightConfig:
     audit_interval: int = _knob(
         0, "recompute every sealed page's summary every N decode steps and count mismatches; 0: off"
     )
+    telemetry: bool = _knob(
+        True,
+        "count budgets by layer, KV head and request (true or false); without it the budgets of "
+        "/server_info and metrics stay 0 and responses have no report",
+    )
+    events: str | None = _knob(
+        None, "address to publish events on, as tcp://127.0.0.1:5599, or 'none'; see the README"
+    )
 
     def __post_init__(self) -> None:
         for knob in dataclasses.fields(self):
@@ -99,6 +110,13 @@ class TwilightConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(
             self.page_size in PAGE_SIZES, "page_size", self.page_size, _listed(map(str, PAGE_SIZES))
+        )
+        address = None if self.events is None else _ADDRESS.fullmatch(self.events)
+        _require(
+            self.events is None or (address is not None and 0 < int(address["port"]) < 65536),
+            "events",
+            self.events,
+            "tcp://HOST:PORT with a port from 1 to 65535, or 'none'",
         )
 
     @property
@@ -235,16 +253,30 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
             if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
                 raise ValueError
             return int(value)
+        if kind is bool:
+            return value if isinstance(value, bool) else _TRUTH[value.strip().lower()]
         if kind is str:
             if not isinstance(value, str):
                 raise ValueError
             return value
+        if kind == str | None:
+            return _text_or_none(value)
         return _layer_ids(value)
-    except (TypeError, ValueError, OverflowError):
-        expected = {float: "a number", int: "a whole number", str: "a name"}.get(
-            kind, "comma-separated layer ids, or 'none'"
-        )
+    except (TypeError, ValueError, OverflowError, KeyError, AttributeError):
+        expected = {
+            float: "a number",
+            int: "a whole number",
+            bool: "true or false",
+            str: "a name",
+            str | None: "text, or 'none'",
+        }.get(kind, "comma-separated layer ids, or 'none'")
         raise TwilightError(_complaint(name, value, expected)) from None
+
+
+def _text_or_none(value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise ValueError
+    return None if value is None or value.strip().lower() in ("", "none") else value.strip()
 
 
 def _layer_ids(value: Any) -> tuple[int, ...]:
@@ -276,4 +308,4 @@ def _listed(items: Any) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -26,6 +26,8 @@ OTHER_VALUES = {
     "min_step_mb": 5,
     "page_size": 64,
     "audit_interval": 7,
+    "telemetry": False,
+    "events": "tcp://127.0.0.1:5599",
 }
 
 WRONG = [
@@ -60,6 +62,15 @@ WRONG = [
     ("page_size", 8),
     ("page_size", "16.0"),
     ("audit_interval", -1),
+    ("telemetry", "maybe"),
+    ("telemetry", 1),
+    ("telemetry", None),
+    ("events", "127.0.0.1:5599"),
+    ("events", "tcp://127.0.0.1"),
+    ("events", "tcp://127.0.0.1:0"),
+    ("events", "tcp://127.0.0.1:70000"),
+    ("events", "ipc:///tmp/events"),
+    ("events", 5599),
     ("sink_tokens", float("inf")),
     pytest.param("p", 10**400, id="p-of-400-digits"),
 ]
