@@ -22,6 +22,7 @@ def _plan_kernel(
     claimed_ptr,
     num_claimed_ptr,
     totals_ptr,
+    reused_ptr,
     stride_table,
     stride_pages,
     min_context_tokens,
@@ -60,8 +61,10 @@ def _plan_kernel(
             built += count.to(tl.int64)
     if built > 0:
         tl.atomic_add(totals_ptr, built)
+    reused = tl.where(first_step, full_pages.to(tl.int64) - built, 0)
+    tl.store(reused_ptr + row, reused.to(tl.int32))
     if first_step:
-        tl.atomic_add(totals_ptr + 1, full_pages.to(tl.int64) - built)
+        tl.atomic_add(totals_ptr + 1, reused)
         tl.store(first_step_ptr + slot, tl.zeros((), tl.int1))
 
 
@@ -79,6 +82,7 @@ def plan_and_claim(
     claimed_page_ids: torch.Tensor,
     num_claimed: torch.Tensor,
     totals: torch.Tensor,
+    pages_reused: torch.Tensor,
     *,
     page_size: int,
     min_context_tokens: int,
@@ -97,7 +101,7 @@ def plan_and_claim(
             written. Columns behind a row's last page are left as they are.
         claimed_page_ids: [P] int32, appended to from num_claimed, [1] int32, on.
         totals: [2] int64, increased: pages claimed, and pages that rows in their first sparse
-            step did not have to claim.
+            step did not have to claim; pages_reused: [>= B] int32, written: the latter by row.
     """
     _plan_kernel[(request_slots.shape[0],)](
         req_to_token,
@@ -113,73 +117,11 @@ def plan_and_claim(
         claimed_page_ids,
         num_claimed,
         totals,
+        pages_reused,
         req_to_token.stride(0),
         page_ids.stride(0),
         min_context_tokens,
         PS=page_size,
         BLOCK=min(_BLOCK, triton.next_power_of_2(page_ids.shape[1])),
-        num_warps=4,
-    )
-
-
-@triton.jit
-def _count_kernel(
-    candidate_tokens_ptr,
-    kept_tokens_ptr,
-    lengths_ptr,
-    sparse_ptr,
-    budget_ptr,
-    layers,
-    batch,
-    stride_layer,
-    HK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    context = tl.zeros([BLOCK], tl.int64)
-    candidates = tl.zeros([BLOCK], tl.int64)
-    kept = tl.zeros([BLOCK], tl.int64)
-    items = layers * batch * HK
-    for start in range(tl.program_id(0) * BLOCK, items, tl.num_programs(0) * BLOCK):
-        item = start + tl.arange(0, BLOCK)
-        inside = item < items
-        row = item // HK % batch
-        counted = inside & (tl.load(sparse_ptr + row, inside, other=0) != 0)
-        offset = (item // (HK * batch)).to(tl.int64) * stride_layer + item % (HK * batch)
-        context += tl.load(lengths_ptr + row, counted, other=0).to(tl.int64)
-        candidates += tl.load(candidate_tokens_ptr + offset, counted, other=0).to(tl.int64)
-        kept += tl.load(kept_tokens_ptr + offset, counted, other=0).to(tl.int64)
-    tl.atomic_add(budget_ptr, tl.sum(context, 0))
-    tl.atomic_add(budget_ptr + 1, tl.sum(candidates, 0))
-    tl.atomic_add(budget_ptr + 2, tl.sum(kept, 0))
-
-
-def count_budget(
-    candidate_tokens: torch.Tensor,
-    kept_tokens: torch.Tensor,
-    lengths: torch.Tensor,
-    sparse: torch.Tensor,
-    budget: torch.Tensor,
-) -> None:
-    """Add the budgets of a step's sparse rows in all layers to running totals, in one launch.
-
-    Args:
-        candidate_tokens, kept_tokens: [L, max_batch, HK] int32, of which the first B rows count.
-        lengths: [B] int32 tokens of each row; sparse: [B] bool.
-        budget: [3] int64, increased: context, candidate and kept tokens over layers and KV heads.
-    """
-    layers, _, heads_kv = kept_tokens.shape
-    batch = lengths.shape[0]
-    block = 1024
-    _count_kernel[(min(16, triton.cdiv(layers * batch * heads_kv, block)),)](
-        candidate_tokens,
-        kept_tokens,
-        lengths,
-        sparse,
-        budget,
-        layers,
-        batch,
-        kept_tokens.stride(0),
-        HK=heads_kv,
-        BLOCK=block,
         num_warps=4,
     )

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.launch import grid_programs
+from twilight_sgl.kernels.launch import grid_programs, is_interpreted
 from twilight_sgl.kernels.seal.reference import FLOAT8_MAX, FLOAT16_MAX, INT4_LEVELS
 
 _TILE_ELEMENTS = 1024  # of half the channels: what one warp holds, as more would talk
@@ -54,6 +54,7 @@ def _seal_kernel(
     scale_zero_ptr,
     page_ids_ptr,
     num_page_ids_ptr,
+    clock_ptr,
     layers,
     pool_pages,
     stride_slot,
@@ -68,10 +69,14 @@ def _seal_kernel(
     LEVELS: tl.constexpr,
     F16_MAX: tl.constexpr,
     HAS_CODES: tl.constexpr,
+    HAS_CLOCK: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
     head_blocks: tl.constexpr = (HK + HEADS - 1) // HEADS
     items = tl.load(num_page_ids_ptr) * layers * head_blocks
+    if HAS_CLOCK:
+        works = tl.program_id(0) < items
+        tl.atomic_min(clock_ptr, tl.extra.cuda.globaltimer(), works, sem="relaxed")
     lane = tl.arange(0, HEADS)
     token = tl.arange(0, PS)
     channel = tl.arange(0, HALF_PAD)
@@ -128,6 +133,9 @@ def _seal_kernel(
             both = scale.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
             both |= zero.to(tl.int16, bitcast=True).to(tl.int32) << 16
             tl.store(scale_zero_ptr + token_row, both, head_inside)
+    if HAS_CLOCK:
+        works = tl.program_id(0) < items
+        tl.atomic_max(clock_ptr + 1, tl.extra.cuda.globaltimer(), works, sem="relaxed")
 
 
 def seal_pages(
@@ -138,6 +146,7 @@ def seal_pages(
     scale_zero: torch.Tensor | None,
     page_ids: torch.Tensor,
     num_page_ids: torch.Tensor,
+    clock: torch.Tensor | None = None,
 ) -> None:
     """Build the summaries of listed pages in every layer, bit-equal to `reference.summarize`.
 
@@ -154,6 +163,9 @@ def seal_pages(
             both None when only the bounds are wanted.
         page_ids: [>= num_page_ids] int32 physical pages.
         num_page_ids: [1] int32 on the device, how many of them count.
+        clock: [2] int64: the first is lowered to when work began, the second raised to when it
+            ended, in nanoseconds of the GPU's clock; left alone where there is no page, and by
+            Triton's interpreter, which has no such clock.
     """
     keys = key_caches[0]
     pool_pages, page_size, heads_kv, dim = keys.shape
@@ -169,6 +181,7 @@ def seal_pages(
         None if scale_zero is None else scale_zero.view(torch.int32),  # scale low, zero high
         page_ids,
         num_page_ids,
+        clock,
         len(key_caches),
         pool_pages,
         keys.stride(1),
@@ -183,6 +196,7 @@ def seal_pages(
         LEVELS=float(INT4_LEVELS),
         F16_MAX=FLOAT16_MAX,
         HAS_CODES=codes is not None,
+        HAS_CLOCK=clock is not None and not is_interpreted(),
         num_warps=1,
     )
 

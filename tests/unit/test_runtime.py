@@ -1,11 +1,12 @@
 """A runtime's decode plans, its sealing, and what it counts."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from twilight_sgl.attention.pipeline import decode_reference
+from twilight_sgl.attention.pipeline import LayerOutput, decode_reference
 from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.config import TwilightConfig
@@ -129,7 +130,8 @@ def test_pages_are_built_once_and_reused_by_later_requests(server: Server) -> No
     assert server.sealed == [1, 2, 4, 7]
     assert (server.pages["built"], server.pages["reused"]) == (4, 1)
     server.step([1, 2], [2 * PS + 3, 3 * PS + 2])
-    assert server.pages == {"capacity": 10, "sealed": 4, "built": 4, "reused": 1}
+    assert (server.pages["built"], server.pages["reused"]) == (4, 1)
+    assert (server.pages["capacity"], server.pages["sealed"]) == (10, 4)
 
 
 def test_a_slot_given_to_another_request_counts_reuse_again(server: Server) -> None:
@@ -172,28 +174,135 @@ def test_audit_runs_every_so_many_steps_and_logs(caplog: pytest.LogCaptureFixtur
     assert server.runtime.pages_built == 3
 
 
-def test_budget_counts_sparse_rows_over_layers_and_heads(server: Server) -> None:
+# Slot 3 is dense, slot 0 padding; slots 2 and 1 share their first page.
+SLOTS, LENGTHS = [2, 3, 0, 1], [3 * PS + 5, PS + 3, 1, 2 * PS + 2]
+
+
+def decode(server: Server, steps: int) -> list[dict[int, LayerOutput]]:
+    """Run decode steps of `SLOTS`: what each layer of each step computed."""
     server.admit({3: RequestOptions(enabled=False)})
-    slots, lengths = [2, 3, 0, 1], [3 * PS + 5, PS + 3, 1, 2 * PS + 2]
-    q = torch.randn(4, 2 * HEADS_KV, DIM, generator=torch.Generator().manual_seed(1))
-    context = candidates = kept = 0
-    for _ in range(2):
-        plan = server.step(slots, lengths)
+    q = torch.randn(len(SLOTS), 2 * HEADS_KV, DIM, generator=torch.Generator().manual_seed(1))
+    done = []
+    for _ in range(steps):
+        plan = server.step(SLOTS, LENGTHS)
+        results = {}
         for layer in LAYERS:
             cache = server.runtime.cache_of(layer)
-            result = decode_reference(q, cache, plan, server.runtime.selection, sm_scale=1.0)
-            server.runtime.count_budget(plan, result.candidate_tokens, result.kept_tokens)
-            for row in (0, 3):
-                context += lengths[row] * HEADS_KV
-                candidates += sum(result.candidate_tokens[row].tolist())
-                kept += sum(result.kept_tokens[row].tolist())
-    assert 0 < kept < candidates < context
-    assert server.runtime.state()["budget"] == {
-        "context_tokens": context,
-        "candidate_tokens": candidates,
-        "kept_tokens": kept,
-        "mixed_rows": 0,
+            results[layer] = decode_reference(
+                q, cache, plan, server.runtime.selection, sm_scale=1.0
+            )
+            server.runtime.count_layer(plan, results[layer])
+        done.append(results)
+    return done
+
+
+def test_snapshot_is_a_recount_of_sparse_rows(server: Server) -> None:
+    done = decode(server, 2)
+    now = server.runtime.snapshot()
+    for row, layer in enumerate(LAYERS):
+        outputs = [step[layer] for step in done]
+        for head in range(HEADS_KV):
+            counted = [(output, r) for output in outputs for r in (0, 3)]
+            group = slice(2 * head, 2 * head + 2)
+            assert now.context_tokens[row, head] == 2 * (LENGTHS[0] + LENGTHS[3])
+            assert now.candidate_tokens[row, head] == sum(
+                int(output.candidate_tokens[r, head]) for output, r in counted
+            )
+            assert now.kept_tokens[row, head] == sum(
+                int(output.kept_tokens[r, head]) for output, r in counted
+            )
+            masses = [float(output.kept_mass[r, group].mean()) for output, r in counted]
+            assert now.kept_mass[row, head] == pytest.approx(sum(masses))
+    assert now.layer_ids == LAYERS
+    assert (now.sparse_rows, now.decode_steps, now.dense_steps, now.mixed_rows) == (4, 2, 0, 0)
+    assert (now.pages_capacity, now.pages_sealed) == (10, 4)
+    assert (now.pages_built, now.pages_reused) == (4, 1)
+    assert now.sealing_seconds > 0
+    assert 0 < now.kept_tokens.sum() < now.candidate_tokens.sum() < now.context_tokens.sum()
+
+
+def test_a_snapshot_stays_as_it_was(server: Server) -> None:
+    decode(server, 1)
+    first = server.runtime.snapshot()
+    kept = first.kept_tokens.copy()
+    decode(server, 1)
+    assert (first.kept_tokens == kept).all()
+    assert (server.runtime.snapshot().kept_tokens == 2 * kept).all()
+
+
+def test_polling_needs_no_waiting_on_a_cpu(server: Server) -> None:
+    decode(server, 1)
+    polled, read = server.runtime.poll_snapshot(), server.runtime.snapshot()
+    assert polled is not None
+    assert polled.to_dict() == read.to_dict()
+    assert polled.time <= read.time
+
+
+def test_state_shows_totals_and_means_by_head(server: Server) -> None:
+    decode(server, 2)
+    state, now = server.runtime.state(), server.runtime.snapshot()
+    budget = state["budget"]
+    assert budget["context_tokens"] == now.context_tokens.sum()
+    assert budget["candidate_tokens"] == now.candidate_tokens.sum()
+    assert budget["kept_tokens"] == now.kept_tokens.sum()
+    assert budget["kept_mass"] == pytest.approx(now.kept_mass.sum() / (4 * len(LAYERS) * HEADS_KV))
+    assert P_OF_SERVER <= budget["kept_mass"] <= 1
+    assert state["heads"]["layer_ids"] == list(LAYERS)
+    for row in range(len(LAYERS)):
+        for head in range(HEADS_KV):
+            fraction = now.kept_tokens[row, head] / now.context_tokens[row, head]
+            assert state["heads"]["kept_fraction"][row][head] == pytest.approx(fraction, abs=1e-6)
+            mass = now.kept_mass[row, head] / 4
+            assert state["heads"]["kept_mass"][row][head] == pytest.approx(mass, abs=1e-6)
+    assert torch.__version__.startswith(state["versions"]["torch"])
+    assert set(state["versions"]) == {"twilight_sgl", "sglang", "torch", "triton"}
+    assert json.loads(json.dumps(state)) == state
+
+
+def test_state_before_any_step_has_no_means(server: Server) -> None:
+    state = server.runtime.state()
+    assert state["budget"]["kept_mass"] is None
+    assert state["heads"]["kept_fraction"] is state["heads"]["kept_mass"] is None
+    assert state["pages"] == {
+        "capacity": 10,
+        "sealed": 0,
+        "built": 0,
+        "reused": 0,
+        "sealing_seconds": 0.0,
     }
+
+
+def test_row_sums_are_taken_once_and_recount_the_step(server: Server) -> None:
+    assert server.runtime.take_row_sums() is None
+    (done,) = decode(server, 1)
+    sums = server.runtime.take_row_sums()
+    assert sums is not None
+    assert server.runtime.take_row_sums() is None
+    for row, slot in enumerate(SLOTS):
+        context, candidates, kept, mass, reused = sums[row].tolist()
+        if slot in (0, 3):
+            assert sums[row].tolist() == [0.0] * 5
+            continue
+        assert context == LENGTHS[row] * len(LAYERS) * HEADS_KV
+        assert candidates == sum(int(o.candidate_tokens[row].sum()) for o in done.values())
+        assert kept == sum(int(o.kept_tokens[row].sum()) for o in done.values())
+        assert mass == pytest.approx(sum(float(o.kept_mass[row].sum()) / 2 for o in done.values()))
+        assert reused == {2: 0, 1: 1}[slot]  # slot 1 finds the page that slot 2, before it, seals
+    decode(server, 1)
+    again = server.runtime.take_row_sums()
+    assert again is not None
+    assert again[:, :4].equal(sums[:, :4]) and not again[:, 4].any()
+
+
+def test_without_telemetry_nothing_is_counted() -> None:
+    server = Server(telemetry=False)
+    decode(server, 2)
+    assert server.runtime.take_row_sums() is None
+    assert server.runtime.poll_snapshot() is None
+    state = server.runtime.state()
+    assert state["budget"]["context_tokens"] == state["budget"]["kept_tokens"] == 0
+    assert state["pages"]["built"] == 4  # sealing needs these, telemetry or not
+    assert state["steps"]["decode"] == 2
 
 
 def test_state_shows_the_configuration(server: Server) -> None:

@@ -101,7 +101,7 @@ class ReferenceAttnBackend(TwilightAttnBackend):
             logit_cap=layer.logit_cap or 0.0,
             sinks=kwargs.get("sinks"),
         )
-        self.runtime.count_budget(plan, result.candidate_tokens, result.kept_tokens)
+        self.runtime.count_layer(plan, result)
         return result.output.to(q.dtype).flatten(1)
 
 

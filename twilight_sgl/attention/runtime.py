@@ -1,21 +1,43 @@
 """Everything Twilight keeps for one model runner, and what it does once a step."""
 
+import functools
+import importlib.metadata
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+import twilight_sgl
+from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.config import TwilightConfig
+from twilight_sgl.kernels.count.reference import ROW_SUMS, count_step
 from twilight_sgl.kernels.plan.reference import plan_rows
 from twilight_sgl.pages.audit import Violation, audit
 from twilight_sgl.pages.ledger import Ledger, RequestTable
 from twilight_sgl.pages.pool import SummaryPool, bounds_dtype
 from twilight_sgl.pages.sealing import pages_needed
 from twilight_sgl.request import RequestOptions
+from twilight_sgl.telemetry.counters import Counters, HostTotals
+from twilight_sgl.telemetry.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
+
+PACKAGES = ("sglang", "torch", "triton")
+
+
+@functools.cache
+def installed_versions() -> dict[str, str | None]:
+    """Versions by package, of Twilight and what it runs on; None for one without metadata."""
+    versions: dict[str, str | None] = {"twilight_sgl": twilight_sgl.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 class TwilightRuntime:
@@ -63,15 +85,18 @@ class TwilightRuntime:
         )
         self.requests = RequestTable(num_request_slots, config.p, keys.device)
         self.ledger = Ledger(self.pool, self.requests)
-        self.pages_built = 0
-        self.pages_reused = 0
+        self.counters = Counters(
+            self.pool.layer_ids, heads_kv, self.pool.num_pages - 1, keys.device
+        )
         self.audit_checks = 0
         self.audit_violations = 0
         self.mixed_rows = 0
         self._decode_steps = 0
         self.dense_steps = 0
-        # context, candidate and kept tokens, over sparse steps, layers and KV heads
-        self._budget = torch.zeros(3, dtype=torch.int64, device=keys.device)
+        self._stream: torch.cuda.Stream | None = None  # the forward stream, once known
+        self._layer_outputs: list[LayerOutput] = []
+        self._pages_reused_by_row = torch.zeros(0, dtype=torch.int32)
+        self._row_sums: torch.Tensor | None = None
         logger.info(
             "Twilight: %s; page summaries of %d layers take %.2f GB",
             config,
@@ -123,6 +148,7 @@ class TwilightRuntime:
             seq_lens: [B] tokens, the one being decoded included.
         """
         self.audit_when_due()
+        self._layer_outputs, self._row_sums = [], None
         plan = DecodePlan(
             *plan_rows(
                 req_to_token,
@@ -142,14 +168,38 @@ class TwilightRuntime:
         if self.config.audit_interval and self._decode_steps % self.config.audit_interval == 0:
             self.run_audit()
 
-    def count_budget(
-        self, plan: DecodePlan, candidate_tokens: torch.Tensor, kept_tokens: torch.Tensor
-    ) -> None:
-        """Add one layer's budgets, [B, HK] each, of the plan's sparse rows."""
-        heads_kv = kept_tokens.shape[1]
-        context = plan.seq_lens.unsqueeze(1).expand(-1, heads_kv)
-        counts = torch.stack((context, candidate_tokens, kept_tokens))
-        self._budget += (counts * plan.sparse.view(1, -1, 1)).sum((1, 2))
+    def count_layer(self, plan: DecodePlan, result: LayerOutput) -> None:
+        """Note what a layer did; the last one that selects adds the step to the totals."""
+        if not self.config.telemetry:
+            return
+        self._layer_outputs.append(result)
+        if len(self._layer_outputs) < len(self.pool.layer_ids):
+            return
+        outputs, self._layer_outputs = self._layer_outputs, []
+        self._row_sums = torch.zeros((len(plan.sparse), len(ROW_SUMS)), dtype=torch.float64)
+        count_step(
+            torch.stack([output.candidate_tokens for output in outputs]),
+            torch.stack([output.kept_tokens for output in outputs]),
+            torch.stack([output.kept_mass for output in outputs]),
+            plan.seq_lens,
+            plan.sparse,
+            self._pages_reused_by_row,
+            self.counters.tokens,
+            self.counters.kept_mass,
+            self.counters.sparse_rows,
+            self._row_sums,
+        )
+
+    def take_row_sums(self) -> torch.Tensor | None:
+        """The last step's sums of each row, once, on the way to the host.
+
+        Returns:
+            [B, 5] float64, `kernels.count.reference.ROW_SUMS`; None if no row of the step was
+            sparse. On a GPU the copy is in flight on the current stream, so read it only after
+            that has been synchronised with, as SGLang does before it looks at a step's tokens.
+        """
+        sums, self._row_sums = self._row_sums, None
+        return None if sums is None else sums.to("cpu", non_blocking=True)
 
     def run_audit(self) -> list[Violation]:
         """Check the seal invariant now; count, log and unseal the pages that break it."""
@@ -169,31 +219,49 @@ class TwilightRuntime:
             self.pool.unseal(torch.tensor([v.page_id for v in violations], device=device))
         return violations
 
+    def snapshot(self) -> Snapshot:
+        """The totals now, after every step launched so far. Synchronises."""
+        with torch.cuda.stream(self._stream):
+            return self.counters.read(self.pool.sealed, self._host_totals())
+
+    def poll_snapshot(self) -> Snapshot | None:
+        """The newest totals that have reached the host, without waiting for any.
+
+        For the scheduler's thread, about once a second: each call asks for newer totals. On a GPU
+        the first calls return None; so do all without telemetry.
+        """
+        if not self.config.telemetry:
+            return None
+        with torch.cuda.stream(self._stream):
+            return self.counters.poll(self.pool.sealed, self._host_totals())
+
     def state(self) -> dict[str, Any]:
-        """Configuration and totals, as `/server_info` shows them. Synchronises."""
-        built, reused = self.page_totals()
-        context, candidates, kept = self._budget.tolist()
+        """Configuration, versions and totals, as `/server_info` shows them. Synchronises."""
         return {
             "config": self.config.to_dict(),
-            "pages": {
-                "capacity": self.pool.num_pages - 1,
-                "sealed": int(self.pool.sealed.sum()),
-                "built": built,
-                "reused": reused,
-            },
-            "budget": {
-                "context_tokens": context,
-                "candidate_tokens": candidates,
-                "kept_tokens": kept,
-                "mixed_rows": self.mixed_rows,
-            },
-            "steps": {"decode": self._decode_steps, "dense": self.dense_steps},
-            "audit": {"checks": self.audit_checks, "violations": self.audit_violations},
+            "versions": installed_versions(),
+            **self.snapshot().to_dict(),
         }
 
-    def page_totals(self) -> tuple[int, int]:
-        """Pages built, and pages that requests found built when they first were sparse."""
-        return self.pages_built, self.pages_reused
+    def _host_totals(self) -> HostTotals:
+        return HostTotals(
+            time=time.time(),
+            decode_steps=self._decode_steps,
+            dense_steps=self.dense_steps,
+            mixed_rows=self.mixed_rows,
+            audit_checks=self.audit_checks,
+            audit_violations=self.audit_violations,
+        )
+
+    @property
+    def pages_built(self) -> int:
+        """Summaries built. Synchronises."""
+        return int(self.counters.pages[0])
+
+    @property
+    def pages_reused(self) -> int:
+        """Pages that requests found built when they first were sparse. Synchronises."""
+        return int(self.counters.pages[1])
 
     def _seal(self, plan: DecodePlan, rows: torch.Tensor) -> None:
         if not plan.sparse.any():
@@ -208,9 +276,12 @@ class TwilightRuntime:
             self.config.page_size,
         )
         if needed.to_seal.numel():
+            began = time.perf_counter_ns()
             self.pool.seal(needed.to_seal, self.keys_of)
-        self.pages_built += needed.to_seal.numel()
-        self.pages_reused += needed.reused
+            self.counters.sealing_nanoseconds += time.perf_counter_ns() - began
+        self.counters.pages[0] += needed.to_seal.numel()
+        self.counters.pages[1] += needed.reused
+        self._pages_reused_by_row = needed.reused_by_row
         self.requests.first_step[rows[plan.sparse]] = False
 
     def _value_of(self, options: RequestOptions) -> float:

@@ -12,7 +12,9 @@ from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
-from twilight_sgl.kernels.plan.triton import count_budget, plan_and_claim
+from twilight_sgl.kernels.count.reference import ROW_SUMS
+from twilight_sgl.kernels.count.triton import IDLE_CLOCK, count_step
+from twilight_sgl.kernels.plan.triton import plan_and_claim
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
 logger = logging.getLogger(__name__)
@@ -21,10 +23,10 @@ logger = logging.getLogger(__name__)
 class _Buffers:
     """What a step of up to `max_batch` rows writes, at addresses that a CUDA graph may keep."""
 
-    def __init__(
-        self, max_batch: int, columns: int, layers: int, heads_kv: int, decode: TritonDecode
-    ) -> None:
+    def __init__(self, layers: int, decode: TritonDecode) -> None:
         device = decode.out.device
+        max_batch, columns = decode.max_batch, decode.columns
+        heads_kv, heads_q = decode.counts.shape[1], decode.masses.shape[1]
         self.max_batch = max_batch
         self.page_ids = torch.zeros((max_batch, columns), dtype=torch.int32, device=device)
         self.lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
@@ -33,6 +35,10 @@ class _Buffers:
         counts = (layers, max_batch, heads_kv)
         self.candidate_tokens = torch.zeros(counts, dtype=torch.int32, device=device)
         self.kept_tokens = torch.zeros(counts, dtype=torch.int32, device=device)
+        self.masses = torch.ones((layers, max_batch, heads_q), device=device)
+        self.pages_reused = torch.zeros(max_batch, dtype=torch.int32, device=device)
+        row_sums = (max_batch, len(ROW_SUMS))
+        self.row_sums = torch.zeros(row_sums, dtype=torch.float64, device=device)
         self.decode = decode
 
 
@@ -72,10 +78,13 @@ class TritonRuntime(TwilightRuntime):
         device = self._keys[0].device
         self._claimed = torch.zeros(self.pool.num_pages, dtype=torch.int32, device=device)
         self._num_claimed = torch.zeros(1, dtype=torch.int32, device=device)
-        self._page_totals = torch.zeros(2, dtype=torch.int64, device=device)
+        self._sealing_clock: torch.Tensor | None = None
+        if config.telemetry:
+            self._sealing_clock = torch.tensor(IDLE_CLOCK, dtype=torch.int64, device=device)
         self._buffers: list[_Buffers] = []
         self._current: _Buffers | None = None
         self._plan: DecodePlan | None = None
+        self._counts_rows = False  # whether the step under way writes row sums
 
     def reserve(self, max_batch: int) -> None:
         """Allocate for batches of up to max_batch rows, as the largest graph has.
@@ -100,6 +109,9 @@ class TritonRuntime(TwilightRuntime):
         """Count a decode step, and audit when it is time, before it is planned."""
         self.audit_when_due()
         self.dense_steps += dense
+        self._counts_rows = self.config.telemetry and not dense
+        if self.counters.tokens.is_cuda:
+            self._stream = torch.cuda.current_stream()
 
     def begin_decode(
         self, req_to_token: torch.Tensor, request_slots: torch.Tensor, seq_lens: torch.Tensor
@@ -126,7 +138,8 @@ class TritonRuntime(TwilightRuntime):
             plan.sparse,
             self._claimed,
             self._num_claimed,
-            self._page_totals,
+            self.counters.pages,
+            buffers.pages_reused,
             page_size=self.config.page_size,
             min_context_tokens=self.config.min_context_tokens,
         )
@@ -143,6 +156,7 @@ class TritonRuntime(TwilightRuntime):
             self.pool.scale_zero,
             self._claimed,
             self._num_claimed,
+            self._sealing_clock,
         )
         self._num_claimed.zero_()
 
@@ -168,21 +182,31 @@ class TritonRuntime(TwilightRuntime):
             sinks=sinks,
             out=out,
             counts=(buffers.candidate_tokens[row], buffers.kept_tokens[row]),
+            masses=buffers.masses[row],
         )
-        if row == len(self.pool.layer_ids) - 1:
-            count_budget(
+        if self.config.telemetry and row == len(self.pool.layer_ids) - 1:
+            count_step(
                 buffers.candidate_tokens,
                 buffers.kept_tokens,
+                buffers.masses,
                 plan.seq_lens,
                 plan.sparse,
-                self._budget,
+                buffers.pages_reused,
+                self.counters.tokens,
+                self.counters.kept_mass,
+                self.counters.sparse_rows,
+                buffers.row_sums,
+                self._sealing_clock,
+                self.counters.sealing_nanoseconds,
             )
         return out
 
-    def page_totals(self) -> tuple[int, int]:
-        """Pages built, and pages that requests found built when they first were sparse."""
-        built, reused = self._page_totals.tolist()
-        return built, reused
+    def take_row_sums(self) -> torch.Tensor | None:
+        """See `TwilightRuntime.take_row_sums`; rows of dense requests are 0."""
+        if self._counts_rows and self._current is not None and self._plan is not None:
+            self._row_sums = self._current.row_sums[: len(self._plan.sparse)]
+        self._counts_rows = False
+        return super().take_row_sums()
 
     def _buffers_for(self, batch: int) -> _Buffers:
         for buffers in self._buffers:
@@ -221,4 +245,4 @@ class TritonRuntime(TwilightRuntime):
             device=keys.device,
             prune=self.selection.pruner == "top_p",
         )
-        return _Buffers(max_batch, decode.columns, len(self._keys), heads_kv, decode)
+        return _Buffers(len(self._keys), decode)

@@ -11,12 +11,18 @@ class PagesNeeded:
 
     Attributes:
         to_seal: [M] distinct physical pages that are full and not sealed.
-        reused: how many full pages rows in their first sparse step found sealed already, by an
-            earlier request or by another row of this step.
+        reused_by_row: [B] int32, how many full pages each row in its first sparse step found sealed
+            already, by an earlier request or by a row before it in this step that is as new; 0
+            for other rows.
     """
 
     to_seal: torch.Tensor
-    reused: int
+    reused_by_row: torch.Tensor
+
+    @property
+    def reused(self) -> int:
+        """Pages reused by all rows. Synchronises."""
+        return int(self.reused_by_row.sum())
 
 
 def pages_needed(
@@ -42,6 +48,11 @@ def pages_needed(
     position = torch.arange(page_ids.shape[1], device=page_ids.device)
     full = (position < ((seq_lens.long() - 1) // page_size).unsqueeze(1)) & sparse.unsqueeze(1)
     unsealed = full & (sealed[page_ids.long()] == 0)
-    of_new = full & first_step.unsqueeze(1)
-    built_for_new = torch.unique(page_ids[unsealed & of_new]).numel()
-    return PagesNeeded(torch.unique(page_ids[unsealed]), int(of_new.sum()) - built_for_new)
+    reused = torch.zeros(len(seq_lens), dtype=torch.int32, device=sealed.device)
+    new_rows = (sparse & first_step).nonzero().flatten().tolist()
+    found = sealed.clone() if new_rows else sealed
+    for row in new_rows:
+        pages = page_ids[row, full[row]].long()
+        reused[row] = found[pages].sum()
+        found[pages] = 1
+    return PagesNeeded(torch.unique(page_ids[unsealed]), reused)

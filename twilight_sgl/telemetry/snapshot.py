@@ -1,6 +1,7 @@
 """The totals of one model runner at one moment."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,3 +51,42 @@ class Snapshot:
     sealing_seconds: float
     audit_checks: int
     audit_violations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The totals as plain JSON types, as `/server_info` shows them.
+
+        Means of which there is nothing are None.
+        """
+        context = int(self.context_tokens.sum())
+        pairs = self.sparse_rows * self.kept_mass.size
+        return {
+            "pages": {
+                "capacity": self.pages_capacity,
+                "sealed": self.pages_sealed,
+                "built": self.pages_built,
+                "reused": self.pages_reused,
+                "sealing_seconds": self.sealing_seconds,
+            },
+            "budget": {
+                "context_tokens": context,
+                "candidate_tokens": int(self.candidate_tokens.sum()),
+                "kept_tokens": int(self.kept_tokens.sum()),
+                "kept_mass": float(self.kept_mass.sum() / pairs) if pairs else None,
+                "mixed_rows": self.mixed_rows,
+            },
+            "heads": {
+                "layer_ids": list(self.layer_ids),
+                "kept_fraction": (self.kept_tokens / self.context_tokens).round(6).tolist()
+                if context
+                else None,
+                "kept_mass": (self.kept_mass / self.sparse_rows).round(6).tolist()
+                if self.sparse_rows
+                else None,
+            },
+            "steps": {
+                "decode": self.decode_steps,
+                "dense": self.dense_steps,
+                "sparse_rows": self.sparse_rows,
+            },
+            "audit": {"checks": self.audit_checks, "violations": self.audit_violations},
+        }
