@@ -26,6 +26,8 @@ MODULES = (
     "mixed_steps",
     "graph_variants",
     "server_info",
+    "meta_info",
+    "openai_report",
 )
 
 

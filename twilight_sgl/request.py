@@ -16,10 +16,12 @@ class RequestOptions:
     Attributes:
         p: the mass to keep, in (0, 1]; None for the server's.
         enabled: False to attend to everything.
+        report: whether an OpenAI response says what its decode steps kept.
     """
 
     p: float | None = None
     enabled: bool = True
+    report: bool = False
 
     @classmethod
     def from_custom_params(cls, custom_params: Mapping[str, Any] | None) -> "RequestOptions":
@@ -33,19 +35,21 @@ class RequestOptions:
         values = custom_params[KEY]
         if not isinstance(values, Mapping):
             raise TwilightError(f"custom_params.{KEY} must be an object, got {values!r}")
-        unknown = sorted(set(values) - {"p", "enabled"}, key=str)
+        unknown = sorted(set(values) - {"p", "enabled", "report"}, key=str)
         if unknown:
             raise TwilightError(
                 f"custom_params.{KEY} has unknown field {', '.join(map(repr, unknown))}; "
-                "known: 'p', 'enabled'"
+                "known: 'p', 'enabled', 'report'"
             )
-        p, enabled = values.get("p"), values.get("enabled", True)
-        if not isinstance(enabled, bool):
-            raise TwilightError(
-                f"custom_params.{KEY}.enabled must be true or false, got {enabled!r}"
-            )
+        switches = {"enabled": values.get("enabled", True), "report": values.get("report", False)}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise TwilightError(
+                    f"custom_params.{KEY}.{name} must be true or false, got {value!r}"
+                )
+        p = values.get("p")
         if p is not None and (
             isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 < p <= 1
         ):
             raise TwilightError(f"custom_params.{KEY}.p must be a number in (0, 1], got {p!r}")
-        return cls(None if p is None else float(p), enabled)
+        return cls(None if p is None else float(p), **switches)

@@ -17,6 +17,7 @@ ACCEPTED = {
     "whole p": ({"twilight": {"p": 1}}, RequestOptions(p=1.0)),
     "p of null": ({"twilight": {"p": None}}, RequestOptions()),
     "off": ({"twilight": {"enabled": False}}, RequestOptions(enabled=False)),
+    "report": ({"twilight": {"report": True}}, RequestOptions(report=True)),
     "on with p": ({"twilight": {"p": 0.1, "enabled": True}}, RequestOptions(0.1, True)),
 }
 
@@ -24,7 +25,10 @@ REFUSED = {
     "wish is a number": ({"twilight": 0.5}, r"custom_params\.twilight must be an object"),
     "wish is null": ({"twilight": None}, r"custom_params\.twilight must be an object"),
     "wish is a list": ({"twilight": ["p"]}, r"custom_params\.twilight must be an object"),
-    "unknown field": ({"twilight": {"q": 1}}, r"unknown field 'q'; known: 'p', 'enabled'"),
+    "unknown field": (
+        {"twilight": {"q": 1}},
+        r"unknown field 'q'; known: 'p', 'enabled', 'report'",
+    ),
     "fields of two types": ({"twilight": {1: 2, "q": 1}}, "unknown field 1, 'q'"),
     "p is zero": ({"twilight": {"p": 0}}, r"twilight\.p must be a number in \(0, 1\], got 0"),
     "p above one": ({"twilight": {"p": 1.5}}, r"twilight\.p must be .* got 1\.5"),
@@ -36,6 +40,10 @@ REFUSED = {
     "enabled is text": (
         {"twilight": {"enabled": "no"}},
         r"twilight\.enabled must be true or false, got 'no'",
+    ),
+    "report is text": (
+        {"twilight": {"report": "yes"}},
+        r"twilight\.report must be true or false, got 'yes'",
     ),
     "enabled is a number": ({"twilight": {"enabled": 0}}, r"enabled must be .* got 0"),
     "enabled is null": ({"twilight": {"enabled": None}}, r"enabled must be .* got None"),

@@ -21,6 +21,7 @@ from twilight_sgl.pages.pool import SummaryPool, bounds_dtype
 from twilight_sgl.pages.sealing import pages_needed
 from twilight_sgl.request import RequestOptions
 from twilight_sgl.telemetry.counters import Counters, HostTotals
+from twilight_sgl.telemetry.report import RequestReport
 from twilight_sgl.telemetry.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,13 @@ class TwilightRuntime:
             self.counters.sparse_rows,
             self._row_sums,
         )
+
+    def report_for(self, req: Any, options: RequestOptions) -> RequestReport | None:
+        """A report for SGLang to fill with a request's `take_row_sums`; None without telemetry."""
+        if not self.config.telemetry:
+            return None
+        p = self._value_of(options) if options.enabled else None
+        return RequestReport(req, p, self.counters.kept_mass.numel())
 
     def take_row_sums(self) -> torch.Tensor | None:
         """The last step's sums of each row, once, on the way to the host.

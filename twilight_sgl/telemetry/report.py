@@ -1,0 +1,92 @@
+"""What one request's decode steps kept, from the device's sums to its response."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from twilight_sgl.kernels.count.reference import ROW_SUMS
+from twilight_sgl.telemetry.guard import harmless
+
+
+class StepSums:
+    """A step's sums by row of its batch, whose copy to the host may still be under way.
+
+    Args:
+        sums: [B, 5] float64 on the host, see `ROW_SUMS`; complete when first asked for a row.
+    """
+
+    def __init__(self, sums: torch.Tensor) -> None:
+        self._sums = sums
+        self._rows: list[list[float]] | None = None
+
+    @harmless
+    def __getitem__(self, row: int) -> list[float]:
+        if self._rows is None:
+            self._rows = self._sums.tolist()
+        return self._rows[row]
+
+
+class RequestReport:
+    """Sums over one request's sparse steps.
+
+    To SGLang it is a list with a value for each output token: it appends a step's sums, and sends
+    slices to the process that answers. Only the slice that ends a finished request holds the
+    report, in its last place; all other values are None.
+
+    Args:
+        req: SGLang's request.
+        p: mass in force; None for a request that opted out.
+        pairs: L * HK, of the layers that select and this rank's KV heads.
+    """
+
+    def __init__(self, req: Any, p: float | None, pairs: int) -> None:
+        self._req = weakref.ref(req)
+        self._p = p
+        self._pairs = pairs
+        self._steps = 0
+        self._sums = [0.0] * len(ROW_SUMS)
+
+    @harmless
+    def append(self, sums: Sequence[float] | None) -> None:
+        """Add a step's sums; a step in which the request was dense has none."""
+        if sums is not None and sums[0] > 0:
+            self._sums = [total + more for total, more in zip(self._sums, sums, strict=True)]
+            self._steps += 1
+
+    def __getitem__(self, tokens: slice) -> list[dict[str, Any] | None]:
+        values: list[dict[str, Any] | None] = [None] * max(tokens.stop - (tokens.start or 0), 0)
+        req = self._req()
+        if values and req is not None and req.finished():
+            values[-1] = self.to_dict()
+        return values
+
+    @harmless
+    def to_dict(self) -> dict[str, Any]:
+        """The report as responses show it.
+
+        Returns:
+            p: mass in force, None if the request opted out; steps: sparse decode steps;
+            average_budget: mean tokens attended to by a KV head of a layer in a step;
+            kept_fraction: of the context's tokens; kept_mass: of the candidates' estimated weight
+            (all three None without a sparse step); prefix_pages_reused: pages of the prompt whose
+            summaries an earlier request had built.
+        """
+        context, _, kept, mass, reused = self._sums
+        counted = self._steps * self._pairs
+        return {
+            "p": self._p,
+            "steps": self._steps,
+            "average_budget": kept / counted if counted else None,
+            "kept_fraction": kept / context if context else None,
+            "kept_mass": mass / counted if counted else None,
+            "prefix_pages_reused": int(reused),
+        }
+
+
+def last_report(values: Any) -> dict[str, Any] | None:
+    """The report among a response's values by token, or None."""
+    if isinstance(values, list):
+        return next((value for value in reversed(values) if isinstance(value, dict)), None)
+    return None
