@@ -133,6 +133,8 @@ def _tiling(pages: int, item_bytes: int) -> tuple[int, int, int, int]:
         return 16, 1, 4, 1
     if pages < 65536:
         return 32, 1, 4, 8
+    if pages < 131072:
+        return 64, 1, 4, 4
     return (128 if item_bytes == 1 and pages >= 262144 else 64), 3, 4, 3
 
 

@@ -189,30 +189,16 @@ def _select_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    pair = tl.program_id(0)
+    # With codes, a second program quantizes the group's queries while the first one searches.
+    pairs = tl.num_programs(0) // (2 if HAS_CODES else 1)
+    pair = tl.program_id(0) % pairs
     row = pair // HK
     head_kv = pair % HK
     row64 = row.to(tl.int64)
     length = tl.load(seq_lens_ptr + row)
     is_sparse = tl.load(sparse_ptr + row) != 0
-    if length <= 0:
-        out = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
-        zero_group(out, stride_out_head, G, G_PAD, DV, DV_PAD)
-    pages = (length + PS - 1) // PS
-    count = 0
-    tokens = tl.maximum(length, 0)
-    if is_sparse & (length > 0):
-        pair_scores_ptr = scores_ptr + pair.to(tl.int64) * stride_scores
-        chosen, count = choose_pages(
-            pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
-        )
-        position = tl.arange(0, COLUMNS_PAD)
-        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, chosen, other=0)
-        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
-        tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
-        tokens = count * PS - (pages * PS - length)
-        if HAS_CODES:
+    if tl.program_id(0) >= pairs:
+        if is_sparse & (length > 0):
             quantize_query(
                 q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
                 q_codes_ptr + pair * G * 2 * D,
@@ -223,6 +209,24 @@ def _select_kernel(
                 D,
                 D_PAD,
             )
+        return
+    if length <= 0:
+        out = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
+        zero_group(out, stride_out_head, G, G_PAD, DV, DV_PAD)
+    pages = (length + PS - 1) // PS
+    count = 0
+    tokens = tl.maximum(length, 0)
+    if is_sparse & (length > 0):
+        pair_scores_ptr = scores_ptr + pair.to(tl.int64) * stride_scores
+        position = tl.arange(0, COLUMNS_PAD)
+        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, position < pages, other=0)
+        chosen, count = choose_pages(
+            pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
+        )
+        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
+        tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
+        tokens = count * PS - (pages * PS - length)
     if HAS_CHUNKS:
         chunk = tl.arange(0, CHUNKS_PAD)
         tl.store(chunk_counts_ptr + pair * num_chunks + chunk, 0, chunk < num_chunks)
@@ -258,10 +262,10 @@ def select_pages(
 ) -> None:
     """Pick each KV head's best pages, as `reference.select_pages`, and prepare the row.
 
-    One program per request and KV head. Scores nearer to each other than 2**-24 of their range
-    may count as equal; of equal ones the earlier page goes first. The kernel also quantizes the
-    group's queries for the INT4 estimate and zeroes the output of padded rows, which no later
-    kernel looks at.
+    One program per request and KV head, and one more for its queries. Scores nearer to each other
+    than 2**-24 of their range may count as equal; of equal ones the earlier page goes first. The
+    kernel also quantizes the group's queries for the INT4 estimate and zeroes the output of padded
+    rows, which no later kernel looks at.
 
     Args:
         scores: [B, HK, T] float32 from `page_scores`.
@@ -284,7 +288,7 @@ def select_pages(
     group = heads_q // heads_kv
     num_chunks = 1 if chunk_counts is None else chunk_counts.shape[-1]
     columns_pad = max(16, triton.next_power_of_2(columns))
-    _select_kernel[(batch * heads_kv,)](
+    _select_kernel[(batch * heads_kv * (1 if q_codes is None else 2),)](
         scores,
         page_ids,
         seq_lens,
