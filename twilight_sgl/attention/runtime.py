@@ -207,7 +207,7 @@ class TwilightRuntime:
             that has been synchronised with, as SGLang does before it looks at a step's tokens.
         """
         sums, self._row_sums = self._row_sums, None
-        return None if sums is None else sums.to("cpu", non_blocking=True)
+        return None if sums is None else sums.to("cpu", non_blocking=True, copy=True)
 
     def run_audit(self) -> list[Violation]:
         """Check the seal invariant now; count, log and unseal the pages that break it."""

@@ -1,0 +1,123 @@
+"""What the GPU runtime counts, against a recount on the host and the CPU's runtime."""
+
+import pytest
+import torch
+from served import COLUMNS, DEVICE, HEADS_KV, LAYERS, NUM_PAGES, PS, Served
+
+from twilight_sgl.attention.pipeline import decode_reference
+from twilight_sgl.attention.runtime import TwilightRuntime
+from twilight_sgl.request import RequestOptions
+
+# Rows' slots and lengths: slot 3 is dense, slot 0 padding.
+STEPS = [
+    ([2, 3, 0, 1], [12 * PS - 3, 4 * PS - 2, 1, 6 * PS + 5]),
+    ([1, 2], [6 * PS + 6, 12 * PS - 2]),
+]
+SPARSE_ROWS = sum(slot in (1, 2) for slots, _ in STEPS for slot in slots)
+
+
+@pytest.fixture(scope="module")
+def served() -> Served:
+    """After two steps, what it counted and what a recount says."""
+    served = Served()
+    served.sums, served.expected_sums = [], []
+    served.tokens = torch.zeros((len(LAYERS), HEADS_KV, 3), dtype=torch.int64)
+    served.mass = torch.zeros((len(LAYERS), HEADS_KV), dtype=torch.float64)
+    for slots, lengths in STEPS:
+        served.sums.append(served.step(slots, lengths))
+        candidates, kept, masses = served.counted(len(slots))
+        rows = []
+        for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+            if slot not in (1, 2):
+                rows.append([0.0] * 4)
+                continue
+            served.tokens[..., 0] += length
+            served.tokens[..., 1] += candidates[:, row]
+            served.tokens[..., 2] += kept[:, row]
+            served.mass += masses[:, row]
+            context = length * len(LAYERS) * HEADS_KV
+            counts = candidates[:, row].sum(), kept[:, row].sum(), masses[:, row].sum()
+            rows.append([context, *map(float, counts)])
+        served.expected_sums.append(torch.tensor(rows, dtype=torch.float64))
+    return served
+
+
+def test_totals_by_layer_and_head_are_a_recount(served: Served) -> None:
+    now = served.runtime.snapshot()
+    counts = (now.context_tokens, now.candidate_tokens, now.kept_tokens)
+    for found, expected in zip(counts, served.tokens.unbind(-1), strict=True):
+        assert found.tolist() == expected.tolist()
+    assert now.kept_mass.tolist() == [pytest.approx(row, rel=1e-12) for row in served.mass.tolist()]
+    assert (now.sparse_rows, now.decode_steps) == (SPARSE_ROWS, len(STEPS))
+    full = {1: 6, 2: 11}  # pages before the newest token's, of which the two share two
+    assert (now.pages_built, now.pages_reused) == (sum(full.values()) - 2, 2)
+    assert (now.pages_sealed, now.pages_capacity) == (now.pages_built, NUM_PAGES - 1)
+    assert (now.sealing_seconds > 0) == (DEVICE == "cuda")  # the interpreter has no clock
+
+
+def test_row_sums_are_a_recount(served: Served) -> None:
+    for found, expected in zip(served.sums, served.expected_sums, strict=True):
+        torch.testing.assert_close(found[:, :4], expected, rtol=1e-12, atol=0)
+    assert served.sums[0][:, 4].sum() == 2 and served.sums[1][:, 4].sum() == 0
+    assert served.runtime.take_row_sums() is None
+
+
+def test_the_cpu_runtime_counts_the_same(served: Served) -> None:
+    runtime = served.runtime
+    reference = TwilightRuntime(runtime.config, runtime._kv_pool, LAYERS, 5)
+    options = {1: RequestOptions(), 2: RequestOptions(p=0.5), 3: RequestOptions(enabled=False)}
+    reference.on_requests_admitted(list(options), options.values())
+    reference.ledger.apply()
+    for slots, lengths in STEPS:
+        rows = torch.tensor(slots, device=DEVICE), torch.tensor(lengths, device=DEVICE)
+        plan = reference.begin_decode(served.table, *rows)
+        for layer in LAYERS:
+            result = decode_reference(
+                served.q[: len(slots)],
+                reference.cache_of(layer),
+                plan,
+                reference.selection,
+                sm_scale=0.125,
+            )
+            reference.count_layer(plan, result)
+    found, expected = runtime.snapshot(), reference.snapshot()
+    assert found.context_tokens.tolist() == expected.context_tokens.tolist()
+    assert found.candidate_tokens.tolist() == expected.candidate_tokens.tolist()
+    assert found.kept_tokens.sum() == pytest.approx(expected.kept_tokens.sum(), rel=0.02)
+    assert found.kept_mass.sum() == pytest.approx(expected.kept_mass.sum(), rel=0.02)
+    assert found.sparse_rows == expected.sparse_rows
+    assert found.pages_reused == expected.pages_reused
+
+
+def test_a_slot_given_to_another_request_starts_anew() -> None:
+    served = Served()
+    first = served.step([1], [6 * PS + 5])
+    served.admit({1: RequestOptions()})
+    second = served.step([1], [6 * PS + 5])
+    assert second[:, :4].equal(first[:, :4])
+    assert (first[0, 4], second[0, 4]) == (0, 6)
+
+
+def test_dense_steps_have_no_row_sums() -> None:
+    served = Served()
+    served.step([1], [6 * PS])
+    served.runtime.begin_step(dense=True)
+    assert served.runtime.take_row_sums() is None
+    assert served.runtime.snapshot().dense_steps == 1
+
+
+def test_without_a_pruner_all_mass_is_kept() -> None:
+    served = Served(pruner="none")
+    served.step([1, 2], [COLUMNS // 2 * PS, COLUMNS * PS - 1])
+    now = served.runtime.snapshot()
+    assert now.kept_tokens.tolist() == now.candidate_tokens.tolist()
+    assert (now.kept_mass == now.sparse_rows).all()
+
+
+def test_without_telemetry_nothing_is_counted() -> None:
+    served = Served(telemetry=False)
+    assert served.step([1], [6 * PS + 5]) is None
+    assert served.runtime.poll_snapshot() is None
+    now = served.runtime.snapshot()
+    assert now.sparse_rows == now.context_tokens.sum() == now.sealing_seconds == 0
+    assert now.pages_built == 6
