@@ -54,6 +54,8 @@ class Served:
         self.admit(
             {1: RequestOptions(), 2: RequestOptions(p=0.5), 3: RequestOptions(enabled=False)}
         )
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # steps may run on another stream
 
     def admit(self, options: dict[int, RequestOptions]) -> None:
         """Give slots to new requests."""

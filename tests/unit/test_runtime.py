@@ -305,6 +305,31 @@ def test_without_telemetry_nothing_is_counted() -> None:
     assert state["steps"]["decode"] == 2
 
 
+def test_a_report_names_the_p_in_force(server: Server) -> None:
+    class Req:
+        """A request that a report can refer to."""
+
+    req = Req()
+    in_force = {
+        P_OF_SERVER: RequestOptions(),
+        0.5: RequestOptions(p=0.5),
+        None: RequestOptions(p=0.5, enabled=False),
+    }
+    for p, options in in_force.items():
+        report = server.runtime.report_for(req, options)
+        assert report is not None
+        report.append([600.0, 120.0, 60.0, 2.0, 1.0])
+        assert report.to_dict() == {
+            "p": p,
+            "steps": 1,
+            "average_budget": 60 / (len(LAYERS) * HEADS_KV),
+            "kept_fraction": 0.1,
+            "kept_mass": 2 / (len(LAYERS) * HEADS_KV),
+            "prefix_pages_reused": 1,
+        }
+    assert Server(telemetry=False).runtime.report_for(req, RequestOptions()) is None
+
+
 def test_state_shows_the_configuration(server: Server) -> None:
     shown = server.runtime.state()["config"]
     assert TwilightConfig.from_mapping(shown, "state") == server.runtime.config

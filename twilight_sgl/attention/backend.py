@@ -263,6 +263,8 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
     else:
         cpu_runtime = TwilightRuntime(config, pool, list(layers), table.shape[0])
         backend = ReferenceAttnBackend(model_runner, cpu_runtime)
+    if model_runner.server_args.pp_size > 1:  # sums would not reach the stage that answers
+        backend.runtime.reports_requests = False
     model_runner.twilight = backend.runtime
     model_runner.req_to_token_pool.twilight = backend.runtime
     full_attention_allocator(model_runner.token_to_kv_pool_allocator).twilight = backend.runtime

@@ -94,6 +94,7 @@ class TwilightRuntime:
         self.mixed_rows = 0
         self._decode_steps = 0
         self.dense_steps = 0
+        self.reports_requests = config.telemetry
         self._stream: torch.cuda.Stream | None = None  # the forward stream, once known
         self._layer_outputs: list[LayerOutput] = []
         self._pages_reused_by_row = torch.zeros(0, dtype=torch.int32)
@@ -177,7 +178,9 @@ class TwilightRuntime:
         if len(self._layer_outputs) < len(self.pool.layer_ids):
             return
         outputs, self._layer_outputs = self._layer_outputs, []
-        self._row_sums = torch.zeros((len(plan.sparse), len(ROW_SUMS)), dtype=torch.float64)
+        self._row_sums = torch.zeros(
+            (len(plan.sparse), len(ROW_SUMS)), dtype=torch.float64, device=plan.sparse.device
+        )
         count_step(
             torch.stack([output.candidate_tokens for output in outputs]),
             torch.stack([output.kept_tokens for output in outputs]),
@@ -192,8 +195,8 @@ class TwilightRuntime:
         )
 
     def report_for(self, req: Any, options: RequestOptions) -> RequestReport | None:
-        """A report for SGLang to fill with a request's `take_row_sums`; None without telemetry."""
-        if not self.config.telemetry:
+        """A report for SGLang to fill with a request's `take_row_sums`; None for no report."""
+        if not self.reports_requests:
             return None
         p = self._value_of(options) if options.enabled else None
         return RequestReport(req, p, self.counters.kept_mass.numel())
