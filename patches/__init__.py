@@ -28,6 +28,7 @@ MODULES = (
     "server_info",
     "meta_info",
     "openai_report",
+    "telemetry",
 )
 
 

@@ -65,3 +65,12 @@ def decodes_as_extend() -> bool:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
 
     return hasattr(ScheduleBatch, "convert_decode_to_extend")
+
+
+def parallel_state(scheduler: Any) -> Any:
+    """What a scheduler's `tp_rank`, `pp_rank`, `dp_rank`, `tp_size` and `pp_size` are."""
+    if hasattr(scheduler, "ps"):  # up to 0.5.17
+        return scheduler.ps
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel()
