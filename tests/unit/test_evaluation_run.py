@@ -9,6 +9,7 @@ import tokenizers
 import transformers
 from evaluation_server import EvaluationServer, solve
 
+from twilight_sgl.evaluation import tasks
 from twilight_sgl.evaluation.__main__ import main
 from twilight_sgl.evaluation.records import read_run
 
@@ -218,3 +219,41 @@ def test_a_server_that_is_not_there_says_so(
 def test_the_oracle_of_these_tests_knows_uuids() -> None:
     prompt = "The secret uuid of a-b is 12-ab. x\n\nThe secret uuid of a-b given in the text is"
     assert solve(prompt) == " 12-ab."
+
+
+def test_sizes_of_prompts_are_kept_for_other_runs(
+    model: str,
+    evaluate: Evaluate,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes, flags = tmp_path / "sizes" / "prompts.json", ("passkey", "cwe", "--samples", "3")
+    flags = (*flags, "--context", "2000", "--prompts", str(sizes))
+    with EvaluationServer(model, answer=lambda _: "") as server:
+        assert evaluate(server, *flags) == 0
+    kept, sent = sizes.read_text(), sorted(server.prompts)
+    assert len(kept.splitlines()) == 1 + 6
+    (tmp_path / "out.json").unlink()
+    with monkeypatch.context() as patch, EvaluationServer(model, answer=lambda _: "") as server:
+        patch.setattr(tasks, "_fit", lambda *_: pytest.fail("searched again"))
+        assert evaluate(server, *flags) == 0
+    assert sorted(server.prompts) == sent
+    assert sizes.read_text() == kept
+
+    first, *rows = kept.splitlines()
+    off = {**json.loads(rows[0]), "size": 5}  # as another release of the package would keep
+    sizes.write_text("\n".join([first, json.dumps(off), *rows[1:], ""]))
+    (tmp_path / "out.json").unlink()
+    with EvaluationServer(model, answer=lambda _: "") as server:
+        assert evaluate(server, *flags) == 0
+    assert sorted(server.prompts) == sent
+
+    sizes.write_text(json.dumps({**json.loads(first), "sentence_tokens": [1]}) + "\n")
+    with EvaluationServer(model) as server:
+        assert evaluate(server, *flags) == 1
+        assert "is of another tokenizer or Python" in capsys.readouterr().err
+        sizes.write_text("no JSON\n")
+        assert evaluate(server, *flags) == 1
+        assert "is no file of prompt sizes" in capsys.readouterr().err
+    assert server.requests == []

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import hashlib
 import logging
 import sys
 import time
@@ -28,7 +27,8 @@ from twilight_sgl.evaluation.client import (
 )
 from twilight_sgl.evaluation.records import Writer
 from twilight_sgl.evaluation.scoring import recall
-from twilight_sgl.evaluation.tasks import GROUPS, TASKS, Sample, make_sample, parse_tasks
+from twilight_sgl.evaluation.sizes import Prompts, prompt_hash
+from twilight_sgl.evaluation.tasks import GROUPS, TASKS, Sample, parse_tasks
 from twilight_sgl.evaluation.text import text_hash
 from twilight_sgl.request import RequestOptions
 
@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--p", type=float, help="of every request; by default the server's")
     parser.add_argument(
         "--twilight", choices=["on", "off"], default="on", help="off: every request is dense"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="sizes of prompts, for runs with the same ones; begun if not there",
     )
     parser.add_argument("--tokenizer", help="path or name; by default what the server says")
     parser.add_argument("--method", help="name in reports; by default what the server decodes with")
@@ -131,11 +137,11 @@ class Evaluation:
         server: Server,
         session: aiohttp.ClientSession,
         writer: Writer,
-        count_tokens: Callable[[str], int],
+        prompts: Prompts,
         twilight: dict[str, Any] | None,
     ) -> None:
         self.args, self.server, self.session, self.writer = args, server, session, writer
-        self.count_tokens, self.twilight = count_tokens, twilight
+        self.prompts, self.twilight = prompts, twilight
         self._maker = ThreadPoolExecutor(1)  # makes prompts while the server answers others
 
     async def run(self, tasks: Sequence[str]) -> None:
@@ -182,7 +188,7 @@ class Evaluation:
     async def _sample(self, task: str, context: int, index: int) -> dict[str, Any]:
         loop = asyncio.get_running_loop()
         sample: Sample = await loop.run_in_executor(
-            self._maker, make_sample, task, context, self.args.seed, index, self.count_tokens
+            self._maker, self.prompts.make, task, context, self.args.seed, index
         )
         sent = time.perf_counter()
         answer = await complete(
@@ -197,7 +203,7 @@ class Evaluation:
             "context": context,
             "seed": self.args.seed,
             "index": index,
-            "prompt_sha256": hashlib.sha256(sample.prompt.encode()).hexdigest(),
+            "prompt_sha256": prompt_hash(sample),
             "prompt_tokens": sample.prompt_tokens,
             "served_prompt_tokens": answer.prompt_tokens,
             "output": answer.text,
@@ -213,7 +219,7 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
         server = await find_server(session, args.url)
         check_server(server, args.context, twilight)
         tokenizer = args.tokenizer or server.tokenizer
-        count_tokens = load_tokenizer(tokenizer)
+        prompts = Prompts(args.prompts, load_tokenizer(tokenizer))
         state = twilight_state(server.info)
         settings = {
             "method": args.method or method_name(server.info, twilight),
@@ -229,8 +235,8 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
         }
         with Writer(args.json, settings) as writer:
             for task in tasks:  # a context too small for one is better known before an hour's work
-                make_sample(task, min(args.context), args.seed, 0, count_tokens)
-            await Evaluation(args, server, session, writer, count_tokens, twilight).run(tasks)
+                prompts.make(task, min(args.context), args.seed, 0)
+            await Evaluation(args, server, session, writer, prompts, twilight).run(tasks)
     return writer
 
 

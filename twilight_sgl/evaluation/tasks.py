@@ -30,7 +30,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what its answer must hold."""
+    """One prompt and what its answer must hold; `size` is the one it was built with."""
 
     task: str
     context: int
@@ -40,6 +40,7 @@ class Sample:
     references: list[str]
     prompt_tokens: int
     output_tokens: int
+    size: int
 
 
 TASKS = {
@@ -74,18 +75,34 @@ def parse_tasks(names: Sequence[str]) -> list[str]:
 
 
 def make_sample(
-    task: str, context: int, seed: int, index: int, count_tokens: Callable[[str], int]
+    task: str,
+    context: int,
+    seed: int,
+    index: int,
+    count_tokens: Callable[[str], int],
+    known: tuple[int, int] | None = None,
 ) -> Sample:
     """The sample of (task, context, seed, index): always the same for one tokenizer and Python.
 
     Args:
         context: tokens that prompt and output take together, at most.
         count_tokens: tokens of a prompt, with what the tokenizer adds.
+        known: size and tokens of the same sample's prompt, as made before; None to find them.
     Raises:
         TwilightError: the context is too small for the task, or too large for its words.
     """
     about = TASKS[task]
     build = about.prepare(random.Random(f"{task} {context} {seed} {index}"))
+    size, tokens = known or _fit(task, build, context, count_tokens)
+    prompt, references = build(size)
+    return Sample(task, context, seed, index, prompt, references, tokens, about.output_tokens, size)
+
+
+def _fit(
+    task: str, build: Build, context: int, count_tokens: Callable[[str], int]
+) -> tuple[int, int]:
+    """The size at which a prompt fills its context, and the prompt's tokens."""
+    about = TASKS[task]
     limit = context - about.output_tokens
     low, low_tokens = about.smallest, count_tokens(build(about.smallest)[0])
     if low_tokens > limit:
@@ -118,5 +135,4 @@ def make_sample(
             low, low_tokens = middle, tokens
         else:
             high, high_tokens = middle, tokens
-    prompt, references = build(low)
-    return Sample(task, context, seed, index, prompt, references, low_tokens, about.output_tokens)
+    return low, low_tokens

@@ -113,9 +113,9 @@ def noise(_: random.Random) -> Draws[str]:
 
 def essay(rng: random.Random) -> Draws[str]:
     """Sentences of Python's manual from a random place on, over and over."""
-    sentences = _sentences()
-    start = fork(rng).randrange(len(sentences))
-    return Draws(itertools.cycle(sentences[start:] + sentences[:start]))
+    prose = sentences()
+    start = fork(rng).randrange(len(prose))
+    return Draws(itertools.cycle(prose[start:] + prose[:start]))
 
 
 def text_hash() -> str:
@@ -130,7 +130,7 @@ def _manual() -> str:
 
 
 @functools.cache
-def _sentences() -> tuple[str, ...]:
+def sentences() -> tuple[str, ...]:
     """Prose alone: no fragments, no long runs without a full stop, no tables or grammar."""
     return tuple(
         sentence
