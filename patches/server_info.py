@@ -3,8 +3,10 @@
 from typing import Any
 
 from twilight_sgl.patches import Patch
+from twilight_sgl.telemetry.guard import harmless
 
 
+@harmless
 def _add_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     runtime = getattr(scheduler.tp_worker.model_runner, "twilight", None)
     if runtime is not None:

@@ -20,7 +20,7 @@ from sglang.srt.managers.scheduler_components.batch_result_processor import (
 )
 
 from twilight_sgl.kernels.count.reference import ROW_SUMS
-from twilight_sgl.patches import meta_info, openai_report
+from twilight_sgl.patches import meta_info, openai_report, server_info
 from twilight_sgl.request import RequestOptions
 from twilight_sgl.telemetry.guard import harmless
 from twilight_sgl.telemetry.report import RequestReport, StepSums, last_report
@@ -167,6 +167,14 @@ def test_a_failing_runtime_fails_no_forward(caplog: pytest.LogCaptureFixture) ->
     report.append(sums[3])
     report.append([1.0])
     assert report.to_dict()["steps"] == 0
+
+
+def test_a_failing_runtime_fails_no_server_info() -> None:
+    result = SimpleNamespace(internal_state={"a": 1})
+    runner = SimpleNamespace(twilight=Runtime())  # has no state to show
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    assert server_info.PATCHES[0].hook(result, scheduler) is None
+    assert result.internal_state == {"a": 1}
 
 
 REPORT = {"p": 0.5, "steps": 2}
