@@ -20,7 +20,8 @@ Evaluate = Callable[..., int]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tokenizer whose tokens are words, and that puts one before every text."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "?": 1}, unk_token="?"))
+    words = {"<s>": 0, "?": 1, "it": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
@@ -257,3 +258,33 @@ def test_sizes_of_prompts_are_kept_for_other_runs(
         assert evaluate(server, *flags) == 1
         assert "is no file of prompt sizes" in capsys.readouterr().err
     assert server.requests == []
+
+
+def test_outputs_are_compared_with_a_second_server(
+    model: str, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with (
+        EvaluationServer(model, twilight=TWILIGHT, answer=solve) as server,
+        EvaluationServer(model, answer=lambda prompt: f"{solve(prompt)[:-1]} it is") as other,
+    ):
+        flags = ("passkey", "--samples", "2", "--against", other.url)
+        assert evaluate(server, *flags, "--p", "0.9") == 0
+        assert "0.0% of outputs are those of fa3" in capsys.readouterr().out
+        assert sorted(other.prompts) == sorted(server.prompts)
+        assert all("custom_params" not in body["sampling_params"] for body in other.requests)
+        assert evaluate(server, "passkey", "--against", server.url) == 1
+        assert "is the server of --url" in capsys.readouterr().err
+    run = read_run(tmp_path / "out.json")
+    assert run.settings["against"] == "fa3"
+    # Outputs are " 12345." and " 12345 it is": the first token is the same.
+    for sample in run.samples.values():
+        figures = {name: sample["against"][name] for name in ("identical", "agreeing_tokens")}
+        assert figures == {"identical": False, "agreeing_tokens": 1}
+        assert sample["against"]["output"].endswith(" it is")
+        assert sample["score"] == 1.0
+    assert main(["report", str(tmp_path / "out.json"), "--out", str(tmp_path / "out")]) == 0
+    row = "| twilight p=0.9 | fa3 | 600 | 2 | 0.0% | 1.0 | 3.0 |"
+    assert row in (tmp_path / "out" / "accuracy.md").read_text()
+    with EvaluationServer(model) as server:
+        assert evaluate(server, "passkey", "--against", other.url) == 1
+    assert f"--against: {other.url}/v1/models does not answer" in capsys.readouterr().err

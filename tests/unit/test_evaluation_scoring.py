@@ -2,7 +2,7 @@
 
 import pytest
 
-from twilight_sgl.evaluation.scoring import mean, recall
+from twilight_sgl.evaluation.scoring import agreeing_tokens, mean, recall
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,13 @@ def test_bootstrap_interval_is_that_of_the_normal_distribution_and_repeats() -> 
     assert got.value == 0.5
     assert (got.low, got.high) == pytest.approx((0.5 - 1.96 * error, 0.5 + 1.96 * error), abs=0.01)
     assert mean(scores) == got
+
+
+@pytest.mark.parametrize(
+    ("output", "other", "tokens"),
+    [([1, 2, 3], [1, 2, 3], 3), ([1, 2], [1, 2, 3], 2), ([4, 2], [1, 2], 0), ([], [1], 0)],
+)
+def test_agreement_ends_where_outputs_differ(
+    output: list[int], other: list[int], tokens: int
+) -> None:
+    assert agreeing_tokens(output, other) == agreeing_tokens(other, output) == tokens

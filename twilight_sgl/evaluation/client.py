@@ -42,14 +42,16 @@ class Answer:
     prompt_tokens: int | None
 
 
-async def find_server(session: aiohttp.ClientSession, url: str) -> Server:
+async def find_server(session: aiohttp.ClientSession, url: str, *, flag: str = "--url") -> Server:
     """Ask a server what it serves.
 
+    Args:
+        flag: that named it, for messages.
     Raises:
         TwilightError: nothing answers there, or it has no model to complete prompts with.
     """
     url = url.rstrip("/").removesuffix("/v1")
-    models = await _get(session, f"{url}/v1/models") or {}
+    models = await _get(session, f"{url}/v1/models", flag) or {}
     about = await _get(session, f"{url}/model_info") or await _get(session, f"{url}/get_model_info")
     listed = models.get("data") or []
     if about:
@@ -63,7 +65,7 @@ async def find_server(session: aiohttp.ClientSession, url: str) -> Server:
         return Server(url, GENERATE, model, about.get("tokenizer_path") or model, limit, info)
     if not listed:
         raise TwilightError(
-            f"--url {url} answers neither /v1/models nor /model_info: pass the address of an "
+            f"{flag} {url} answers neither /v1/models nor /model_info: pass the address of an "
             "OpenAI-compatible or SGLang server, e.g. http://127.0.0.1:30000"
         )
     first = listed[0]
@@ -141,7 +143,9 @@ def method_name(info: Mapping[str, Any], twilight: Mapping[str, Any] | None) -> 
     return f"twilight p={p:g}"
 
 
-async def _get(session: aiohttp.ClientSession, address: str) -> dict[str, Any] | None:
+async def _get(
+    session: aiohttp.ClientSession, address: str, flag: str = "--url"
+) -> dict[str, Any] | None:
     """A JSON object, None where the server has none.
 
     Raises:
@@ -156,6 +160,6 @@ async def _get(session: aiohttp.ClientSession, address: str) -> dict[str, Any] |
         return None
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise TwilightError(
-            f"--url: {address} does not answer ({error}): start the server, or correct --url"
+            f"{flag}: {address} does not answer ({error}): start the server, or correct {flag}"
         ) from error
     return answer if isinstance(answer, dict) else None

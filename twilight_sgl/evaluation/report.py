@@ -90,6 +90,8 @@ def format_report(runs: dict[str, Run], *, with_plot: bool) -> str:
             "In full or in part: what the model itself cannot do.",
             _table(runs, set(scores) - passed),
         ]
+    if agreement := _agreement(runs):
+        parts += ["## Agreement with a second server", agreement]
     parts += ["## Budgets", _budgets(runs)]
     if with_plot:
         parts.append(f"![Accuracy against average budget]({PLOT})")
@@ -178,6 +180,31 @@ def _budgets(runs: dict[str, Run]) -> str:
         f"{_markdown(lines)}\n\nShares of the context in decode steps and layers that select, from "
         "the server's own counts while it was evaluated; all: no step selected, or the server "
         "has no such counts."
+    )
+
+
+def _agreement(runs: dict[str, Run]) -> str | None:
+    """Outputs compared with a second server's, None where no run has any."""
+    lines = [["method", "against", "context", "samples", "identical", "agreeing tokens", "of"]]
+    for method, run in runs.items():
+        for context in _contexts(run.samples):
+            pairs = [
+                sample["against"]
+                for key, sample in run.samples.items()
+                if key[1] == context and "against" in sample
+            ]
+            if pairs:
+                names = ("identical", "agreeing_tokens", "output_tokens")
+                same, agreed, of = (sum(p[name] for p in pairs) / len(pairs) for name in names)
+                shown = [f"{same:.1%}", f"{agreed:.1f}", f"{of:.1f}"]
+                about = [method, str(run.settings["against"]), str(context), str(len(pairs))]
+                lines.append([*about, *shown])
+    if len(lines) == 1:
+        return None
+    return (
+        f"{_markdown(lines)}\n\nGreedy outputs of the same prompts: share that is the same to the "
+        "last character; tokens before the first difference, and of the second server's output, "
+        "on average."
     )
 
 

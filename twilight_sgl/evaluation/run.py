@@ -26,7 +26,7 @@ from twilight_sgl.evaluation.client import (
     read_info,
 )
 from twilight_sgl.evaluation.records import Writer
-from twilight_sgl.evaluation.scoring import recall
+from twilight_sgl.evaluation.scoring import agreeing_tokens, recall
 from twilight_sgl.evaluation.sizes import Prompts, prompt_hash
 from twilight_sgl.evaluation.tasks import GROUPS, TASKS, Sample, parse_tasks
 from twilight_sgl.evaluation.text import text_hash
@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(TASKS)}; or {' or '.join(GROUPS)} of them",
     )
     parser.add_argument("--url", required=True, help="e.g. http://127.0.0.1:30000")
+    parser.add_argument(
+        "--against",
+        metavar="URL",
+        help="a second server, e.g. a dense one, whose greedy outputs are compared with",
+    )
     parser.add_argument(
         "--context",
         type=parse_contexts,
@@ -93,8 +98,8 @@ def check_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"p": args.p}
 
 
-def check_server(server: Server, contexts: Sequence[int], twilight: dict[str, Any] | None) -> None:
-    """Raise TwilightError for a server without room for the contexts, or without Twilight."""
+def check_room(server: Server, contexts: Sequence[int]) -> None:
+    """Raise TwilightError for a server without room for the contexts."""
     limit = server.context_tokens
     if limit is not None and max(contexts) > limit:
         raise TwilightError(
@@ -102,6 +107,10 @@ def check_server(server: Server, contexts: Sequence[int], twilight: dict[str, An
             f"{server.url} takes: pass {limit} or less, or start it with a larger "
             "--context-length or --mem-fraction-static"
         )
+
+
+def check_options(server: Server, twilight: dict[str, Any] | None) -> None:
+    """Raise TwilightError for a server that does not know the options."""
     if twilight is not None and twilight_state(server.info) is None:
         flag = "--p" if "p" in twilight else "--twilight off"
         raise TwilightError(
@@ -110,8 +119,8 @@ def check_server(server: Server, contexts: Sequence[int], twilight: dict[str, An
         )
 
 
-def load_tokenizer(name: str) -> Callable[[str], int]:
-    """A function that counts a prompt's tokens, with those that the tokenizer adds.
+def load_tokenizer(name: str) -> Callable[[str], list[int]]:
+    """A function that gives a text's token ids, with those that the tokenizer adds.
 
     Raises:
         TwilightError: there is no such tokenizer here.
@@ -125,11 +134,15 @@ def load_tokenizer(name: str) -> Callable[[str], int]:
             f"the tokenizer {name} cannot be read here ({error}): pass --tokenizer, the folder of "
             "the served model's"
         ) from error
-    return lambda prompt: len(tokenizer(prompt, verbose=False).input_ids)
+    return lambda prompt: tokenizer(prompt, verbose=False).input_ids
 
 
 class Evaluation:
-    """One pass of the command over its tasks and contexts."""
+    """One pass of the command over its tasks and contexts.
+
+    Args:
+        other: server that outputs are compared with, if there is one.
+    """
 
     def __init__(
         self,
@@ -137,11 +150,14 @@ class Evaluation:
         server: Server,
         session: aiohttp.ClientSession,
         writer: Writer,
+        tokenize: Callable[[str], list[int]],
         prompts: Prompts,
         twilight: dict[str, Any] | None,
+        other: Server | None,
     ) -> None:
         self.args, self.server, self.session, self.writer = args, server, session, writer
-        self.prompts, self.twilight = prompts, twilight
+        self.tokenize, self.prompts, self.twilight = tokenize, prompts, twilight
+        self.other = other
         self._maker = ThreadPoolExecutor(1)  # makes prompts while the server answers others
 
     async def run(self, tasks: Sequence[str]) -> None:
@@ -198,7 +214,8 @@ class Evaluation:
             max_tokens=sample.output_tokens,
             twilight=self.twilight,
         )
-        return {
+        latency_s = time.perf_counter() - sent
+        record = {
             "task": task,
             "context": context,
             "seed": self.args.seed,
@@ -209,7 +226,27 @@ class Evaluation:
             "output": answer.text,
             "references": sample.references,
             "score": recall(answer.text, sample.references),
-            "latency_s": time.perf_counter() - sent,
+            "latency_s": latency_s,
+        }
+        if self.other is not None:
+            compared = await complete(
+                self.session,
+                self.other,
+                sample.prompt,
+                max_tokens=sample.output_tokens,
+                twilight=None,
+            )
+            record["against"] = self._agreement(answer.text, compared.text)
+        return record
+
+    def _agreement(self, output: str, other: str) -> dict[str, Any]:
+        added = len(self.tokenize(""))
+        own_tokens, other_tokens = (self.tokenize(text)[added:] for text in (output, other))
+        return {
+            "output": other,
+            "identical": output == other,
+            "agreeing_tokens": agreeing_tokens(own_tokens, other_tokens),
+            "output_tokens": len(other_tokens),
         }
 
 
@@ -217,9 +254,20 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
     tasks, twilight = parse_tasks(args.tasks), check_arguments(args)
     async with open_session() as session:
         server = await find_server(session, args.url)
-        check_server(server, args.context, twilight)
+        check_room(server, args.context)
+        check_options(server, twilight)
+        other = None
+        if args.against is not None:
+            other = await find_server(session, args.against, flag="--against")
+            if other.url == server.url:
+                raise TwilightError(
+                    f"--against {args.against} is the server of --url, whose budgets would count "
+                    "both outputs: pass another server's"
+                )
+            check_room(other, args.context)
         tokenizer = args.tokenizer or server.tokenizer
-        prompts = Prompts(args.prompts, load_tokenizer(tokenizer))
+        tokenize = load_tokenizer(tokenizer)
+        prompts = Prompts(args.prompts, lambda prompt: len(tokenize(prompt)))
         state = twilight_state(server.info)
         settings = {
             "method": args.method or method_name(server.info, twilight),
@@ -228,6 +276,7 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
             "tokenizer": tokenizer,
             "endpoint": server.endpoint,
             "request": twilight,
+            "against": None if other is None else method_name(other.info, None),
             "server": None if state is None else state["config"],
             "sglang": server.info.get("version"),
             "version": __version__,
@@ -236,7 +285,9 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
         with Writer(args.json, settings) as writer:
             for task in tasks:  # a context too small for one is better known before an hour's work
                 prompts.make(task, min(args.context), args.seed, 0)
-            await Evaluation(args, server, session, writer, prompts, twilight).run(tasks)
+            await Evaluation(args, server, session, writer, tokenize, prompts, twilight, other).run(
+                tasks
+            )
     return writer
 
 
@@ -247,6 +298,10 @@ def _summarise(writer: Writer) -> None:
         by_group.setdefault((sample["context"], sample["task"]), []).append(sample["score"])
     for (context, task), scores in sorted(by_group.items()):
         print(f"{task:16} {context:7d}  {sum(scores) / len(scores):6.1%} of {len(scores)}")
+    if run.settings.get("against") is not None:
+        compared = [sample["against"] for sample in run.samples.values()]
+        identical = sum(each["identical"] for each in compared) / len(compared)
+        print(f"{identical:.1%} of outputs are those of {run.settings['against']}")
     if not run.settings["dense"] and not any(b["budget"]["context_tokens"] for b in run.budgets):
         print(
             "no decode step was sparse, so these are figures of dense attention: see the server's "

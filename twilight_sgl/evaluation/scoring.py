@@ -31,6 +31,14 @@ def recall(output: str, references: Sequence[str]) -> float:
     return sum(reference.lower() in text for reference in references) / len(references)
 
 
+def agreeing_tokens(output: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens before the first in which two outputs differ, or before one of them ends."""
+    pairs = zip(output, other, strict=False)
+    return next(
+        (place for place, (a, b) in enumerate(pairs) if a != b), min(map(len, (output, other)))
+    )
+
+
 def mean(scores: Sequence[float]) -> Mean:
     """The mean of at least one score, with its 95 % confidence interval.
 
