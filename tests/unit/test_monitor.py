@@ -57,12 +57,14 @@ def test_figures_since_the_start_and_since_the_last_refresh() -> None:
     assert (second.running, second.waiting, second.tokens_per_second) == (3, 1, 12.5)
 
 
-def test_throughput_is_none_while_no_step_runs() -> None:
+def test_throughput_is_zero_while_no_step_runs() -> None:
     with MonitoredServer(state(2)) as server:
         source = Source(server.url)
         source.read()
         idle = source.read()
-    assert idle.tokens_per_second == 0
+        server.loads = [{"num_running_reqs": 0, "num_waiting_reqs": 0}]
+        first = Source(server.url).read()
+    assert idle.tokens_per_second == first.tokens_per_second == 0
     assert idle.now is None
 
 

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Figures:
     """One refresh of the monitor, summed over the data-parallel replicas.
 
     Attributes:
-        model: its name.
+        model: its name, without folders.
         p: mass in force; selector: its name.
         tokens_per_second: SGLang's own figure; None if it names none.
         running, waiting: requests; None if the server does not tell.
@@ -183,9 +184,9 @@ def _figures(
     mass = _mean_heads(states, "kept_mass")
     speeds = [state.get("last_gen_throughput") for state in info["internal_states"]]
     known = [speed for speed in speeds if speed is not None]
-    stood = last is not None and last["steps"]["decode"] == totals["steps"]["decode"]
+    stood = running == 0 if last is None else last["steps"] == totals["steps"]
     return Figures(
-        model=str(info.get("served_model_name") or info.get("model_path")),
+        model=Path(str(info.get("served_model_name") or info.get("model_path"))).name,
         p=config["p"],
         selector=config["selector"],
         # SGLang keeps the figure of the last batches while it is idle.
