@@ -197,7 +197,7 @@ def _select_kernel(
     row64 = row.to(tl.int64)
     length = tl.load(seq_lens_ptr + row)
     is_sparse = tl.load(sparse_ptr + row) != 0
-    if tl.program_id(0) >= pairs:
+    if HAS_CODES and tl.program_id(0) >= pairs:
         if is_sparse & (length > 0):
             quantize_query(
                 q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,

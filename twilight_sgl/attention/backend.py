@@ -254,7 +254,7 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
             pool,
             list(layers),
             table.shape[0],
-            max_context=table.shape[1],
+            max_context=longest_context(model_runner),
             heads_q=heads_q,
             dim_v=dim_v,
             q_dtype=model_runner.dtype,
@@ -269,6 +269,16 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
     model_runner.req_to_token_pool.twilight = backend.runtime
     full_attention_allocator(model_runner.token_to_kv_pool_allocator).twilight = backend.runtime
     return backend
+
+
+def longest_context(model_runner: Any) -> int:
+    """Tokens that a request can have while it decodes.
+
+    SGLang's table of KV slots is a few columns wider than that, which would double the power of
+    two that kernels pad its pages to.
+    """
+    width: int = model_runner.req_to_token_pool.req_to_token.shape[1]
+    return min(width, model_runner.model_config.context_len)
 
 
 def full_attention_allocator(allocator: Any) -> Any:

@@ -25,7 +25,7 @@ PAGE_SIZES = (16, 32, 64)
 MAX_GROUP = 16
 MAX_PAGES = 32768
 MOST_CANDIDATES = 16384  # tokens that a program can weigh in its registers
-MOST_PAIRS = 64  # (request, KV head)s up to which one launch is faster, read on an H100
+MOST_PAIRS = 16  # (request, KV head)s up to which one launch is no slower on a served model
 CACHE_DTYPES = (torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
