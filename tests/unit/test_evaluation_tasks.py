@@ -96,6 +96,23 @@ def test_needles_lie_at_every_depth() -> None:
     assert {int(depth * 4) for depth in depths} == {0, 1, 2, 3}
 
 
+def test_conversations_share_a_text_and_each_asks_for_another_early_fact() -> None:
+    made = [sample("multi_turn", index=index) for index in range(8)]
+    texts = [one.prompt.split("\n\nQuestion: ")[0] for one in made]
+    assert len(set(texts[:4])) == len(set(texts[4:])) == 1
+    assert texts[0] != texts[4]
+    asked = set()
+    for one, shared in zip(made[:4], texts, strict=False):
+        _, before, question = one.prompt.split("\n\nQuestion: ")
+        (key,) = set(re.findall(r"secret number of (\S+)", question))
+        asked.add(key)
+        assert one.references == re.findall(rf"secret number of {key} is (\d{{7}})\.", shared)
+        assert shared.index(one.references[0]) < 0.3 * len(shared)
+        assert one.references[0] not in before
+        assert re.search(r"given in the text is (\d{7})\.$", before)[1] in shared
+    assert len(asked) == 4
+
+
 def test_variables_follow_one_chain_of_four_hops() -> None:
     made = sample("vt")
     question = made.prompt.split("\n\nVariables are assigned")[1]

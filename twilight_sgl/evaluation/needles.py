@@ -2,7 +2,8 @@
 needles in a haystack (Hsieh et al., arXiv 2404.06654, section 3 and appendix B).
 
 Key and value types, numbers of needles and queries, and haystacks are the published ones; the
-wording is our own, and essays are sentences of Python's manual.
+wording is our own, and essays are sentences of Python's manual. And a task of our own: facts that
+are planted early in a text and asked for late, in several conversations that share it.
 """
 
 import random
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from twilight_sgl.evaluation import text
 
 Build = Callable[[int], tuple[str, list[str]]]
+BRANCHES = 4  # conversations of `multi_turn` about one text
 KINDS = {"number": text.numbers, "uuid": text.uuids, "name": text.names}
 
 
@@ -96,6 +98,39 @@ def passkey(rng: random.Random) -> Build:
             "One important fact is hidden in a lot of text that does not matter. Find it and "
             f"remember it.\n\n{hidden}\n\nWhat is the pass key? The pass key is",
             [key],
+        )
+
+    return build
+
+
+def multi_turn(rng: random.Random, branch: int) -> Build:
+    """Draw facts of a text that conversations share; the result builds one of `BRANCHES` of them.
+
+    Facts lie in the first quarter of the text. Each conversation asks for another one, in its
+    second turn, after a turn that was asked and answered.
+    """
+    keys, values = text.names(rng).first(BRANCHES), text.numbers(rng).first(BRANCHES)
+    facts = [
+        f"The secret number of {key} is {value}." for key, value in zip(keys, values, strict=True)
+    ]
+    depths = [rng.random() / 4 for _ in facts]
+    filler = text.essay(rng)
+    before = (branch + 1) % BRANCHES
+
+    def question(place: int) -> str:
+        what = f"secret number of {keys[place]}"
+        return (
+            f"Question: Which {what} is given in the text above?\nAnswer: The {what} given in the "
+            "text is"
+        )
+
+    def build(size: int) -> tuple[str, list[str]]:
+        hidden = hide(filler.first(size), facts, depths)
+        return (
+            "Secret numbers are hidden in the text below. Remember them: you will be asked for "
+            f"each of them.\n\n{hidden}\n\n{question(before)} {values[before]}.\n\n"
+            f"{question(branch)}",
+            [values[branch]],
         )
 
     return build

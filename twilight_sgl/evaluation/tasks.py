@@ -1,14 +1,16 @@
 """The tasks by name, and samples of them sized for a context."""
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation.aggregation import common_words, frequent_words, variable_tracking
-from twilight_sgl.evaluation.needles import Build, Needles, passkey
+from twilight_sgl.evaluation.needles import BRANCHES, Build, Needles, multi_turn, passkey
 
 _ENOUGH = 0.995  # of the room filled
+_OTHERS_TOKENS = 32  # by which one question may be longer than another
 _STEP = 16  # pieces by which every prompt grows, unless it has run out of different ones
 
 
@@ -21,11 +23,14 @@ class Task:
             its answer must hold.
         output_tokens: room for the answer, as published.
         smallest: size below which there is nothing to find it among.
+        others: further questions about what `prepare` draws from the same seed; as many samples
+            in a row share their text.
     """
 
     prepare: Callable[[random.Random], Build]
     output_tokens: int
     smallest: int = 1
+    others: tuple[Callable[[random.Random], Build], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,14 @@ TASKS = {
     "vt": Task(variable_tracking, 30),
     "cwe": Task(common_words, 120),
     "fwe": Task(frequent_words, 50, smallest=100),
+    "multi_turn": Task(
+        functools.partial(multi_turn, branch=0),
+        32,
+        others=tuple(functools.partial(multi_turn, branch=n) for n in range(1, BRANCHES)),
+    ),
 }
-GROUPS = {"all": tuple(TASKS), "ruler": tuple(name for name in TASKS if name != "passkey")}
+OWN = ("passkey", "multi_turn")  # not RULER's
+GROUPS = {"all": tuple(TASKS), "ruler": tuple(name for name in TASKS if name not in OWN)}
 
 
 def parse_tasks(names: Sequence[str]) -> list[str]:
@@ -92,9 +103,14 @@ def make_sample(
         TwilightError: the context is too small for the task, or too large for its words.
     """
     about = TASKS[task]
-    build = about.prepare(random.Random(f"{task} {context} {seed} {index}"))
-    size, tokens = known or _fit(task, build, context, count_tokens)
-    prompt, references = build(size)
+    questions = (about.prepare, *about.others)
+    text, question = divmod(index, len(questions))
+    drawn_from = f"{task} {context} {seed} {text}"
+    first = about.prepare(random.Random(drawn_from))
+    size, tokens = known or _fit(task, first, context, count_tokens)
+    prompt, references = questions[question](random.Random(drawn_from))(size)
+    if question and known is None:
+        tokens = count_tokens(prompt)  # the text is the first question's, to be shared
     return Sample(task, context, seed, index, prompt, references, tokens, about.output_tokens, size)
 
 
@@ -103,7 +119,7 @@ def _fit(
 ) -> tuple[int, int]:
     """The size at which a prompt fills its context, and the prompt's tokens."""
     about = TASKS[task]
-    limit = context - about.output_tokens
+    limit = context - about.output_tokens - (_OTHERS_TOKENS if about.others else 0)
     low, low_tokens = about.smallest, count_tokens(build(about.smallest)[0])
     if low_tokens > limit:
         raise TwilightError(
