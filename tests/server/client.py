@@ -105,15 +105,20 @@ def environment() -> dict[str, str]:
     return kept | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextlib.contextmanager
 def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> Iterator[Server]:
     """Start a server on a free port, and end all its processes afterwards.
 
     It is not ready yet: `Server.wait` is for whoever uses it first, so that two can start at once.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), *flags],

@@ -4,9 +4,12 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from client import Server, running
+from client import Server, free_port, running
 
-USUAL = ["--twilight-audit-interval", "16", "--twilight-min-context-tokens", "512"]
+USUAL = [
+    *("--twilight-audit-interval", "16", "--twilight-min-context-tokens", "512"),
+    "--enable-metrics",
+]
 SMALL = [
     *("--twilight-selector-budget", "1", "--twilight-min-context-tokens", "0"),
     *("--twilight-audit-interval", "16", "--twilight-skip-layers", "none"),
@@ -20,7 +23,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, 
     logs = tmp_path_factory.mktemp("servers")
     with contextlib.ExitStack() as stack:
         small = stack.enter_context(running(SMALL, logs / "small.log"))
-        usual = stack.enter_context(running(USUAL, logs / "usual.log"))
+        events = ["--twilight-events", f"tcp://127.0.0.1:{free_port()}"]
+        usual = stack.enter_context(running([*USUAL, *events], logs / "usual.log"))
         yield usual, small
 
 
