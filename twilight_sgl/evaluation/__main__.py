@@ -1,25 +1,28 @@
-"""`python -m twilight_sgl.evaluation TASK...` and `... report RUNS...`."""
+"""`python -m twilight_sgl.evaluation TASK...`, `... report RUN...` and `... export TASK...`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from twilight_sgl.evaluation import report, run
+from twilight_sgl.evaluation import export, report, run
 
+COMMANDS = {"report": report, "export": export}
 PROG = "python -m twilight_sgl.evaluation"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns a process exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["report"]:
-        parser = argparse.ArgumentParser(prog=f"{PROG} report", description=report.__doc__)
-        report.add_arguments(parser)
-        return report.main(parser.parse_args(given[1:]))
+    if given and given[0] in COMMANDS:
+        command = COMMANDS[given[0]]
+        parser = argparse.ArgumentParser(prog=f"{PROG} {given[0]}", description=command.__doc__)
+        command.add_arguments(parser)
+        return command.main(parser.parse_args(given[1:]))
     parser = argparse.ArgumentParser(
         prog=PROG,
         description=run.__doc__,
-        epilog=f"{PROG} report RUN... --out DIR puts runs side by side.",
+        epilog=f"{PROG} report RUN... --out DIR puts runs side by side; "
+        f"{PROG} export TASK... --out DIR writes tasks for lm-eval.",
     )
     run.add_arguments(parser)
     return run.main(parser.parse_args(given))
