@@ -19,6 +19,14 @@ def attention_backend_names(server_args: Any) -> tuple[str, str]:
     )
 
 
+def parallel_layout(server_args: Any) -> tuple[int, int]:
+    """Replicas of the server, and data-parallel groups of the attention in each."""
+    view = resolved(server_args)
+    if hasattr(view, "attn_dp_size"):  # not up to 0.5.17
+        return view.dp_size, view.attn_dp_size
+    return (1, view.dp_size) if view.enable_dp_attention else (view.dp_size, 1)
+
+
 def uses_twilight(server_args: Any) -> bool:
     """Whether this server decodes with Twilight."""
     from twilight_sgl.plugin import BACKEND
@@ -61,7 +69,7 @@ def model_adjustments() -> tuple[str, str]:
 
 
 def decodes_as_extend() -> bool:
-    """Whether this SGLang may turn a decode batch into a prefill (not up to 0.5.17)."""
+    """Whether this SGLang's scheduler may turn a decode batch into a prefill (not up to 0.5.17)."""
     from sglang.srt.managers.schedule_batch import ScheduleBatch
 
     return hasattr(ScheduleBatch, "convert_decode_to_extend")

@@ -52,16 +52,15 @@ async def _collapse(
 
 @harmless
 def _collapse_values(response: Any, obj: Any) -> None:
+    by_choice = getattr(obj, "twilight_reports", None)  # set by `openai_report`
     for item in response if isinstance(response, list) else [response]:
         meta_info = item.get("meta_info") or {}
-        if KEY not in meta_info:
-            continue
-        report = last_report(meta_info.pop(KEY))
+        report = last_report(meta_info.pop(KEY, None))
         if report is not None:
             meta_info[KEY] = report
-            wanted = getattr(obj, "twilight_reports", None)  # set by `openai_report`
-            if wanted is not None:
-                wanted[item.get("index", 0)] = report
+        if by_choice is not None:
+            index = item.get("index", 0)
+            by_choice[index] = report or by_choice.get(index)
 
 
 PATCHES = [

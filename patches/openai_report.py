@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, create_model
 
+from twilight_sgl.errors import TwilightError
 from twilight_sgl.patches import Patch
 from twilight_sgl.request import KEY, RequestOptions
 from twilight_sgl.telemetry.guard import harmless
@@ -22,8 +23,12 @@ DONE = "data: [DONE]"
 PREFIX = "data: "
 
 
+@harmless
 def _is_wanted(request: Any) -> bool:
-    return RequestOptions.from_custom_params(request.custom_params).report
+    try:
+        return RequestOptions.from_custom_params(request.custom_params).report
+    except TwilightError:  # which SGLang is about to answer with
+        return False
 
 
 @functools.cache
@@ -46,12 +51,12 @@ async def _add_chunk(
     original: Callable[..., Any], serving: Any, adapted_request: Any, request: Any, *args: Any
 ) -> AsyncIterator[str]:
     reports: dict[int, Any] | None = None
-    if harmless(_is_wanted)(request):
+    if _is_wanted(request):
         reports = adapted_request.twilight_reports = {}
     last = ""
     async with contextlib.aclosing(original(serving, adapted_request, request, *args)) as chunks:
         async for chunk in chunks:
-            if reports and chunk.startswith(DONE):
+            if reports and any(reports.values()) and chunk.startswith(DONE):
                 more = _chunk(last, [reports[index] for index in sorted(reports)])
                 if more is not None:
                     yield more

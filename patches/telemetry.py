@@ -5,7 +5,12 @@ from typing import Any
 from twilight_sgl.config import TwilightConfig, flag_of
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.patches import Patch
-from twilight_sgl.patches.compat import parallel_state, resolved, uses_twilight
+from twilight_sgl.patches.compat import (
+    parallel_layout,
+    parallel_state,
+    resolved,
+    uses_twilight,
+)
 from twilight_sgl.telemetry.guard import harmless
 from twilight_sgl.telemetry.publisher import Publisher, Sink
 
@@ -26,7 +31,9 @@ def _check_events(server_args: Any) -> None:
     from twilight_sgl.telemetry.events import check_addresses
 
     view = resolved(server_args)
-    replicas = 1 if view.enable_dp_attention else view.dp_size
+    if view.nnodes > 1:  # the address need not be each node's
+        return
+    replicas, _ = parallel_layout(server_args)
     check_addresses(config.events, view.tp_size * view.pp_size * replicas)
 
 
@@ -64,9 +71,9 @@ def _events(scheduler: Any, address: str | None) -> Sink | None:
 
     parallel = parallel_state(scheduler)
     dp_rank = parallel.dp_rank or 0
-    # With data-parallel attention, TP ranks of all replicas are counted through.
-    data_parallel = scheduler.tp_worker.model_runner.server_args.enable_dp_attention
-    replica = 0 if data_parallel else dp_rank
+    # With data-parallel attention, groups of one replica are told apart by their TP ranks.
+    _, groups = parallel_layout(scheduler.tp_worker.model_runner.server_args)
+    replica = dp_rank // groups
     index = (replica * parallel.pp_size + parallel.pp_rank) * parallel.tp_size + parallel.tp_rank
     return EventSink(address, Rank(parallel.tp_rank, parallel.pp_rank, dp_rank, index))
 

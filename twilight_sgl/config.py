@@ -76,7 +76,7 @@ class TwilightConfig:
     telemetry: bool = _knob(
         True,
         "count budgets by layer, KV head and request (true or false); without it the budgets of "
-        "/server_info and metrics stay 0 and responses have no report",
+        "/server_info stay 0, /metrics has no series of ours and responses have no report",
     )
     events: str | None = _knob(
         None, "address to publish events on, as tcp://127.0.0.1:5599, or 'none'; see the README"

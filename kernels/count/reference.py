@@ -20,7 +20,8 @@ def count_step(
 ) -> None:
     """Add a step's sparse rows to running totals, and sum each row over layers and KV heads.
 
-    The mass of a KV head is the mean over its group's query heads.
+    The mass of a KV head is the mean over its group's query heads; one that is NaN, as logits that
+    are not finite make it, counts as 0, so that it does not stay in the totals.
 
     Args:
         candidate_tokens, kept_tokens: [L, >= B, HK] int32, of which the first B rows count.
@@ -39,7 +40,8 @@ def count_step(
     context = lengths.view(1, -1, 1).expand(layers, batch, heads_kv)
     counts = torch.stack((context, candidate_tokens[:, :batch], kept_tokens[:, :batch]), -1)
     counts = counts.long() * counted.unsqueeze(-1)  # [L, B, HK, 3]
-    mass = masses[:, :batch].double().unflatten(2, (heads_kv, -1)).mean(-1)
+    shares = masses[:, :batch].double().nan_to_num(0.0)
+    mass = shares.unflatten(2, (heads_kv, -1)).mean(-1)
     mass = torch.where(counted, mass, 0.0)  # [L, B, HK]
     tokens += counts.sum(1)
     kept_mass += mass.sum(1)

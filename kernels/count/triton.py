@@ -49,6 +49,7 @@ def _count_layer(
         inside_group = inside[:, :, None] & (lane < G)[None, None, :]  # [BLOCK, HK_PAD, G_PAD]
         offset = row[:, None, None] * (HK * G) + head[None, :, None] * G + lane[None, None, :]
         shares = tl.load(masses_ptr + layer * stride_masses + offset, inside_group, other=0.0)
+        shares = tl.where(shares == shares, shares, 0.0)  # NaN must not stay in the totals
         mass += tl.sum(tl.sum(shares.to(tl.float64), 2), 0)
     exists = head < HK
     totals_ptr = tokens_ptr + (layer * HK + head) * 3
@@ -100,6 +101,7 @@ def _count_row(
         offset = row * (HK * G) + head[None, :, None] * G + lane[None, None, :]
         offset += layer[:, None, None] * stride_masses
         shares = tl.load(masses_ptr + offset, inside_group, other=0.0)
+        shares = tl.where(shares == shares, shares, 0.0)
         mass += tl.sum(tl.sum(tl.sum(shares.to(tl.float64), 2), 1), 0)
     sums_ptr = row_sums_ptr + row * 5
     tl.store(sums_ptr, context.to(tl.float64))

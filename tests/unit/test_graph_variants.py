@@ -119,6 +119,7 @@ def test_other_runners_capture_as_ever(runner: Runner) -> None:
 
 def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> None:
     planned: list[tuple[int, bool]] = []
+    begun: list[bool] = []
     made = object.__new__(TritonAttnBackend)
     made.dense = SimpleNamespace(
         init_forward_metadata_out_graph=lambda batch, in_capture: planned.append(
@@ -126,16 +127,15 @@ def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> Non
         )
     )
     made.runtime = SimpleNamespace(
-        begin_step=lambda dense: None,
+        begin_step=lambda dense: begun.append(dense),
         begin_decode=lambda *rows: None,
         is_faster_dense=lambda lengths: True,
     )
     made.req_to_token_pool = SimpleNamespace(req_to_token=None)
 
-    def batch(size: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            batch_size=size, seq_lens_cpu=None, seq_lens=None, req_pool_indices=None
-        )
+    def batch(size: int, **view: Any) -> SimpleNamespace:
+        rows = {"seq_lens_cpu": None, "seq_lens": None, "req_pool_indices": None}
+        return SimpleNamespace(batch_size=size, forward_mode=ForwardMode.DECODE, **rows, **view)
 
     for size in (4, 2):
         for made.captures_dense in (True, False):
@@ -147,3 +147,10 @@ def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> Non
         made.init_forward_metadata_out_graph(batch(2))
     assert planned[2:] == [(2, False), (2, False)]
     assert made.dense_step
+    assert begun == [True, True]
+    made.init_forward_metadata_out_graph(batch(2, actual_forward_mode=ForwardMode.DECODE))
+    assert begun == [True] * 3
+    # A data-parallel rank without a request replays too: that is no step.
+    made.init_forward_metadata_out_graph(batch(2, actual_forward_mode=ForwardMode.IDLE))
+    assert len(planned) == 6
+    assert begun == [True] * 3

@@ -14,7 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from twilight_sgl import patches, plugin
-from twilight_sgl.config import TwilightConfig, flag_of
+from twilight_sgl.config import flag_of
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.pages.pool import SummaryPool, summary_bytes_per_token
 from twilight_sgl.patches import (
@@ -30,7 +30,6 @@ from twilight_sgl.patches import (
     sampling_params,
     server_info,
 )
-from twilight_sgl.patches import server_args as server_args_patches
 from twilight_sgl.request import RequestOptions
 
 
@@ -261,6 +260,22 @@ def test_bad_wish_is_refused_with_the_sampling_parameters() -> None:
     hook(None, SimpleNamespace(custom_params=None), 1000)
 
 
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [({"twilight": {"p": 2}}, r"twilight.p must be"), ({"twilight": {"p": 1}}, ""), (None, "")],
+)
+def test_bad_wish_that_no_worker_checked_aborts_its_request(wish: Any, message: str) -> None:
+    hook = sampling_params.PATCHES[1].hook
+    errors: list[str] = []
+    req = SimpleNamespace(
+        sampling_params=SimpleNamespace(custom_params=wish), set_finish_with_abort=errors.append
+    )
+    hook(None, req, is_retracted=False)
+    assert len(errors) == bool(message)
+    assert all(message in error for error in errors)
+    RequestOptions.from_custom_params(req.sampling_params.custom_params)  # admits it
+
+
 def test_state_is_shown_in_server_info(runtime: FakeRuntime) -> None:
     hook = server_info.PATCHES[0].hook
     result = SimpleNamespace(internal_state={"a": 1})
@@ -280,131 +295,6 @@ def test_summary_bytes_are_what_the_pool_allocates(key_bytes: int) -> None:
     pool = SummaryPool(layer_ids=(2, 3), dtype=dtype, device="cpu", **shape)
     per_token = summary_bytes_per_token(3, 64, key_bytes, 16)
     assert pool.nbytes - pool.sealed.nbytes == per_token * 2 * 10 * 16
-
-
-# Server arguments.
-
-
-def server_args(**given: Any) -> SimpleNamespace:
-    values = {
-        "device": "cpu",
-        "attention_backend": None,
-        "prefill_attention_backend": None,
-        "decode_attention_backend": "twilight",
-        "page_size": None,
-        "kv_cache_dtype": "auto",
-        "speculative_algorithm": None,
-        "speculative_draft_attention_backend": None,
-        "speculative_attention_mode": "prefill",
-    }
-    return SimpleNamespace(**values | given)
-
-
-def apply_defaults(args: SimpleNamespace) -> None:
-    hook = next(p.hook for p in server_args_patches.PATCHES if p.hook.__name__ == "_apply_defaults")
-    hook(args)
-
-
-@pytest.mark.parametrize("name", ["attention_backend", "prefill_attention_backend"])
-def test_twilight_only_decodes(name: str) -> None:
-    with pytest.raises(TwilightError, match="--decode-attention-backend twilight") as caught:
-        apply_defaults(server_args(**{name: "twilight"}))
-    assert f"--{name.replace('_', '-')} twilight" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("sglangs", "ours", "expected"),
-    [(None, None, 16), (None, 32, 32), (64, None, 64), (32, 32, 32), (16, 16, 16)],
-)
-def test_page_sizes_agree(sglangs: int | None, ours: int | None, expected: int) -> None:
-    if ours is not None:
-        TwilightConfig(page_size=ours).to_environment()
-    args = server_args(page_size=sglangs)
-    apply_defaults(args)
-    assert args.page_size == TwilightConfig.from_environment().page_size == expected
-
-
-@pytest.mark.parametrize(
-    ("sglangs", "ours", "complaint"),
-    [(64, 32, "--page-size 64 and --twilight-page-size 32 differ"), (1, 16, "--page-size 1 is")],
-)
-def test_page_sizes_that_cannot_agree(sglangs: int, ours: int, complaint: str) -> None:
-    TwilightConfig(page_size=ours).to_environment()
-    with pytest.raises(TwilightError, match=complaint):
-        apply_defaults(server_args(page_size=sglangs))
-
-
-def test_other_servers_are_left_alone() -> None:
-    args = server_args(decode_attention_backend="fa3")
-    before = dict(vars(args))
-    apply_defaults(args)
-    assert vars(args) == before
-
-
-@pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Check arguments as they are after SGLang's own defaults, with a model that is fine."""
-    model = SimpleNamespace(model_path="m", attention_arch=None, is_encoder_decoder=False)
-
-    def check(model_has: dict[str, Any] | None = None, **given: Any) -> None:
-        args = server_args(**{"page_size": 16} | given)
-        served = SimpleNamespace(**vars(model) | (model_has or {}))
-        monkeypatch.setattr(server_args_patches, "resolved", lambda args: args)
-        monkeypatch.setattr(
-            server_args_patches,
-            "uses_twilight",
-            lambda args: args.decode_attention_backend == "twilight",
-        )
-        monkeypatch.setattr(server_args_patches, "model_config", lambda args: served)
-        server_args_patches._refuse_unsupported(args)
-
-    return check
-
-
-def test_a_plain_server_is_accepted(refuse: Callable) -> None:
-    refuse()
-    refuse(kv_cache_dtype="fp8_e4m3", speculative_algorithm="EAGLE")
-
-
-REFUSED = {
-    **{name: ({name: True}, reason) for name, reason in server_args_patches.REFUSED_MODES.items()},
-    "another page size": ({"page_size": 1}, "--page-size is 1 after"),
-    "decode context parallelism": ({"dcp_size": 2}, "--dcp-size 2"),
-    "fp4 keys": ({"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
-    "verification as decode": (
-        {"speculative_algorithm": "EAGLE", "speculative_attention_mode": "decode"},
-        "--speculative-attention-mode prefill",
-    ),
-}
-
-
-@pytest.mark.parametrize(("given", "complaint"), REFUSED.values(), ids=REFUSED)
-def test_refused_modes(refuse: Callable, given: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(TwilightError, match=complaint):
-        refuse(**given)
-    refuse(**given, decode_attention_backend="fa3")
-
-
-def test_refused_models(refuse: Callable) -> None:
-    from sglang.srt.configs.model_config import AttentionArch
-
-    for has, complaint in (
-        ({"attention_arch": AttentionArch.MLA}, "MLA"),
-        ({"is_encoder_decoder": True}, "encoder-decoder"),
-    ):
-        with pytest.raises(TwilightError, match=complaint) as caught:
-            refuse(has)
-        assert "m " in str(caught.value)
-        assert "use another --decode-attention-backend" in str(caught.value)
-
-
-def test_flags_reach_the_environment() -> None:
-    hook = next(p.hook for p in server_args_patches.PATCHES if p.when == "around")
-    args = argparse.Namespace(twilight_config=None, twilight_p="0.25", model_path="m")
-    seen = []
-    assert hook(lambda cls, args: seen.append((cls, args)) or "made", Fake, args) == "made"
-    assert seen == [(Fake, args)]
-    assert TwilightConfig.from_environment() == TwilightConfig(p=0.25)
 
 
 # The plugin.
@@ -440,4 +330,4 @@ def test_a_failed_plugin_refuses_servers_that_ask_for_it(
     registry.apply_hooks()
     check = resolve_name("sglang.srt.server_args.ServerArgs.check_server_args")
     with pytest.raises(RuntimeError, match=r"Twilight plugin failed to load: .*Fake\.gone"):
-        check(server_args())
+        check(SimpleNamespace(decode_attention_backend="twilight"))

@@ -9,7 +9,8 @@ from snapshots import totals
 
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
-from twilight_sgl.patches import telemetry
+from twilight_sgl.patches import compat, telemetry
+from twilight_sgl.telemetry.events import address_of
 from twilight_sgl.telemetry.publisher import Publisher, difference
 from twilight_sgl.telemetry.snapshot import Snapshot
 
@@ -109,7 +110,7 @@ def test_a_poll_that_fails_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
 
 
 def fake_scheduler(runtime: Any, labels: dict[str, Any] | None = None) -> Any:
-    server_args = SimpleNamespace(enable_dp_attention=False)
+    server_args = SimpleNamespace(enable_dp_attention=False, dp_size=4)
     return SimpleNamespace(
         tp_worker=SimpleNamespace(
             model_runner=SimpleNamespace(twilight=runtime, server_args=server_args)
@@ -167,9 +168,10 @@ def test_sinks_that_cannot_be_made_stop_no_scheduler(
 
 
 def fake_args(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
-    usual = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_dp_attention": False}
+    usual = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_dp_attention": False, "nnodes": 1}
     monkeypatch.setattr(telemetry, "uses_twilight", lambda args: True)
     monkeypatch.setattr(telemetry, "resolved", lambda args: args)
+    monkeypatch.setattr(compat, "resolved", lambda args: args)
     return SimpleNamespace(**(usual | values))
 
 
@@ -185,6 +187,8 @@ def test_events_without_telemetry_are_refused(monkeypatch: pytest.MonkeyPatch) -
         ({"tp_size": 4}, 4),
         ({"tp_size": 2, "pp_size": 2, "dp_size": 3}, 12),
         ({"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, 4),
+        ({"tp_size": 4, "attn_dp_size": 2}, 4),  # as 0.5.23 says the same
+        ({"tp_size": 4, "attn_dp_size": 2, "dp_size": 3}, 12),
     ],
 )
 def test_every_scheduler_needs_a_port(
@@ -197,3 +201,33 @@ def test_every_scheduler_needs_a_port(
     TwilightConfig(events="tcp://127.0.0.1:5599").to_environment()
     telemetry.PATCHES[0].hook(fake_args(monkeypatch, **sizes))
     assert checked == [("tcp://127.0.0.1:5599", schedulers)]
+
+
+def test_ports_of_other_nodes_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twilight_sgl.telemetry.events.check_addresses", pytest.fail)
+    TwilightConfig(events="tcp://192.0.2.1:5599").to_environment()
+    telemetry.PATCHES[0].hook(fake_args(monkeypatch, nnodes=2, tp_size=16))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dp_rank", "port"),
+    [
+        ({"dp_size": 4, "enable_dp_attention": False}, 3, 5599 + 3 * 2 + 1),
+        ({"dp_size": 2, "enable_dp_attention": True}, 1, 5599 + 1),
+        ({"dp_size": 1, "attn_dp_size": 2}, 1, 5599 + 1),
+        ({"dp_size": 2, "attn_dp_size": 2}, 3, 5599 + 2 + 1),
+    ],
+)
+def test_a_scheduler_binds_the_port_of_its_rank(
+    monkeypatch: pytest.MonkeyPatch, layout: dict[str, Any], dp_rank: int, port: int
+) -> None:
+    bound = []
+    monkeypatch.setattr(
+        "twilight_sgl.telemetry.events.EventSink",
+        lambda address, rank: bound.append(address_of(address, rank.index)),
+    )
+    scheduler = fake_scheduler(None)
+    scheduler.tp_worker.model_runner.server_args = fake_args(monkeypatch, **layout)
+    scheduler.ps.dp_rank = dp_rank  # of TP rank 1 of 2
+    telemetry._events(scheduler, "tcp://127.0.0.1:5599")
+    assert bound == [f"tcp://127.0.0.1:{port}"]

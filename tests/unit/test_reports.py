@@ -59,7 +59,8 @@ def row(context: float, kept: float, mass: float, reused: float = 0) -> list[flo
 def test_a_report_averages_over_sparse_steps() -> None:
     req = Req(finished=True)
     report = RequestReport(req, 0.5, PAIRS)
-    for sums in (DENSE, row(600, 60, 5.4, reused=3), row(606, 66, 4.8), None):
+    again = row(606, 66, 4.8, reused=4)  # after a retraction, when its own pages are sealed too
+    for sums in (DENSE, row(600, 60, 5.4, reused=3), again, None):
         report.append(sums)
     shown = report.to_dict()
     assert shown == {
@@ -201,7 +202,7 @@ def test_a_response_has_one_report_instead_of_values_by_token() -> None:
         {"meta_info": {"id": "a", "twilight": REPORT}, "index": 1},
     ]
     assert values == [None]
-    assert wish.twilight_reports == {1: REPORT}
+    assert wish.twilight_reports == {0: None, 1: REPORT}  # a place for each choice
 
 
 def test_lists_of_responses_and_embeddings() -> None:
@@ -280,12 +281,24 @@ def test_a_stream_has_a_chunk_of_its_own_when_asked() -> None:
     assert chunk.endswith("\n\n")
     *_, chunk, _ = stream(wish(True), {1: {"steps": 1}, 0: REPORT})
     assert json.loads(chunk.removeprefix("data: "))["twilight"] == [REPORT, {"steps": 1}]
+    *_, chunk, _ = stream(wish(True), {0: None, 1: REPORT})  # the first choice was aborted
+    assert json.loads(chunk.removeprefix("data: "))["twilight"] == [None, REPORT]
 
 
 @pytest.mark.parametrize(
     "request_and_reports",
-    [(wish(False), {0: REPORT}), (wish(True), {}), (SimpleNamespace(), {0: REPORT})],
-    ids=["not asked", "no report", "a request without custom_params"],
+    [
+        (wish(False), {0: REPORT}),
+        (wish(True), {}),
+        (wish(True), {0: None}),
+        (SimpleNamespace(custom_params={"twilight": {"p": 2}}), {0: REPORT}),
+        (SimpleNamespace(), {0: REPORT}),
+    ],
+    ids=["not asked", "no choice", "no report", "bad options", "without custom_params"],
 )
-def test_other_streams_are_as_they_were(request_and_reports: tuple[Any, dict[int, Any]]) -> None:
+def test_other_streams_are_as_they_were(
+    request_and_reports: tuple[Any, dict[int, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
     assert stream(*request_and_reports) == [CHUNK, CHUNK, LAST]
+    if hasattr(request_and_reports[0], "custom_params"):
+        assert not caplog.records

@@ -294,6 +294,12 @@ def test_row_sums_are_taken_once_and_recount_the_step(server: Server) -> None:
     assert again[:, :4].equal(sums[:, :4]) and not again[:, 4].any()
 
 
+def test_row_sums_stay_where_no_request_gets_a_report(server: Server) -> None:
+    server.runtime.reports_requests = False
+    decode(server, 1)
+    assert server.runtime.take_row_sums() is None
+
+
 def test_without_telemetry_nothing_is_counted() -> None:
     server = Server(telemetry=False)
     decode(server, 2)

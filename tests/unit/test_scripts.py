@@ -197,8 +197,6 @@ def serve(checkout: Path) -> Iterator[Serve]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # where the tests run in the background, SIGINT is ignored, which children inherit
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout is not None
         report = json.loads(process.stdout.readline())

@@ -13,7 +13,7 @@ from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
-from twilight_sgl.patches.compat import attention_backend_names
+from twilight_sgl.patches.compat import attention_backend_names, parallel_layout
 
 if TYPE_CHECKING:
     from twilight_sgl.attention.triton_runtime import TritonRuntime
@@ -35,7 +35,8 @@ class TwilightAttnBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.runtime = runtime
-        self.data_parallel: bool = model_runner.server_args.enable_dp_attention
+        _, groups = parallel_layout(model_runner.server_args)
+        self.data_parallel = groups > 1
 
     def _save(
         self, k: torch.Tensor | None, v: torch.Tensor | None, layer: Any, forward_batch: Any
@@ -207,7 +208,9 @@ class TritonAttnBackend(TwilightAttnBackend):
         return output.flatten(1)
 
     def _begin(self, forward_batch: Any, in_capture: bool = False) -> None:
-        if not in_capture:
+        # A rank that replays beside others without a request of its own shows it as a decode.
+        mode = getattr(forward_batch, "actual_forward_mode", forward_batch.forward_mode)
+        if not in_capture and not mode.is_idle():
             self.runtime.begin_step(dense=self.dense_step)
         if self.dense_step:
             return
@@ -263,7 +266,9 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
     else:
         cpu_runtime = TwilightRuntime(config, pool, list(layers), table.shape[0])
         backend = ReferenceAttnBackend(model_runner, cpu_runtime)
-    if model_runner.server_args.pp_size > 1:  # sums would not reach the stage that answers
+    # Sums would not reach the stage that answers; HTTP workers load no plugin to read them.
+    args = model_runner.server_args
+    if args.pp_size > 1 or args.tokenizer_worker_num > 1:
         backend.runtime.reports_requests = False
     model_runner.twilight = backend.runtime
     model_runner.req_to_token_pool.twilight = backend.runtime

@@ -206,11 +206,14 @@ class TwilightRuntime:
 
         Returns:
             [B, 5] float64, `kernels.count.reference.ROW_SUMS`; None if no row of the step was
-            sparse. On a GPU the copy is in flight on the current stream, so read it only after
-            that has been synchronised with, as SGLang does before it looks at a step's tokens.
+            sparse, or where requests get no report. On a GPU the copy is in flight on the current
+            stream, so read it only after that has been synchronised with, as SGLang does before it
+            looks at a step's tokens.
         """
         sums, self._row_sums = self._row_sums, None
-        return None if sums is None else sums.to("cpu", non_blocking=True, copy=True)
+        if sums is None or not self.reports_requests:
+            return None
+        return sums.to("cpu", non_blocking=True, copy=True)
 
     def run_audit(self) -> list[Violation]:
         """Check the seal invariant now; count, log and unseal the pages that break it."""

@@ -52,7 +52,9 @@ class RequestReport:
     def append(self, sums: Sequence[float] | None) -> None:
         """Add a step's sums; a step in which the request was dense has none."""
         if sums is not None and sums[0] > 0:
+            reused = self._sums[-1] if self._steps else sums[-1]  # not again after a retraction
             self._sums = [total + more for total, more in zip(self._sums, sums, strict=True)]
+            self._sums[-1] = reused
             self._steps += 1
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any] | None]:
@@ -70,8 +72,8 @@ class RequestReport:
             p: mass in force, None if the request opted out; steps: sparse decode steps;
             average_budget: mean tokens attended to by a KV head of a layer in a step;
             kept_fraction: of the context's tokens; kept_mass: of the candidates' estimated weight
-            (all three None without a sparse step); prefix_pages_reused: pages of the prompt whose
-            summaries an earlier request had built.
+            (all three None without a sparse step); prefix_pages_reused: pages found sealed in
+            the first of these steps.
         """
         context, _, kept, mass, reused = self._sums
         counted = self._steps * self._pairs
