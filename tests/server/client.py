@@ -16,6 +16,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 START_SECONDS = 400
 Prompt = str | list[int]  # text or token ids
 LAUNCHER = (sys.executable, "-m", "twilight_sgl.launch_server")
@@ -78,10 +80,26 @@ class Server:
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt: self.generate(prompt, tokens), prompts))
 
-    def twilight(self) -> dict[str, Any]:
-        """Twilight's part of `/server_info`."""
+    def twilights(self) -> list[dict[str, Any]]:
+        """Twilight's part of `/server_info`, by data-parallel rank in no order."""
         with urllib.request.urlopen(f"{self.url}/server_info", timeout=60) as response:
-            return json.load(response)["internal_states"][0]["twilight"]
+            return [state["twilight"] for state in json.load(response)["internal_states"]]
+
+    def twilight(self) -> dict[str, Any]:
+        """The same of a server without data parallelism."""
+        (state,) = self.twilights()
+        return state
+
+    def metrics(self, **labels: str) -> dict[str, float]:
+        """Our series on `/metrics` with these labels, added up over the others."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            families = list(text_string_to_metric_families(response.read().decode()))
+        sums: dict[str, float] = {}
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.name.startswith("twilight_") and sample.labels.items() >= labels.items():
+                assert sample.labels["model_name"]
+                sums[sample.name] = sums.get(sample.name, 0) + sample.value
+        return sums
 
     def flush(self) -> None:
         """Empty the radix cache; waits until no request runs, which SGLang needs for it."""
