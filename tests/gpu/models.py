@@ -11,24 +11,24 @@ prints a line a family and leaves the servers' logs in DIR; FLAGs go to every se
 import argparse
 import contextlib
 import json
-import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "server"))
 
+from checks import VOCABULARY, adapted, equality, idle, mixed, reloaded, retracted
 from client import Server, running
 
-VOCABULARY = 2048
-TOKENS = 24
-PROMPT_TOKENS = (17, 160, 767, 1500)
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WINDOW = 128
+ADAPTER_RANK = 8
 SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
 
 BASE = {
@@ -60,144 +60,6 @@ FLAGS = [
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a server said: ids [T], their logprobs [T], and the best ids' logprobs [T]."""
-
-    ids: list[int]
-    logprobs: list[float]
-    best: list[dict[int, float]]
-
-
-def prompts() -> list[list[int]]:
-    """Random token ids, the same at every call."""
-    drawn = random.Random(0)
-    return [[drawn.randrange(3, VOCABULARY) for _ in range(size)] for size in PROMPT_TOKENS]
-
-
-def ask(server: Server, twilight: dict[str, Any]) -> list[Answer]:
-    """Decode all prompts greedily in one batch, from an empty radix cache."""
-    server.flush()
-    sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    body = {
-        "input_ids": prompts(),
-        "sampling_params": sampling | {"custom_params": {"twilight": twilight}},
-        "return_logprob": True,
-        "top_logprobs_num": 8,
-    }
-    return [
-        Answer(
-            ids=[entry[1] for entry in meta["output_token_logprobs"]],
-            logprobs=[entry[0] for entry in meta["output_token_logprobs"]],
-            best=[{entry[1]: entry[0] for entry in top} for top in meta["output_top_logprobs"]],
-        )
-        for meta in (answer["meta_info"] for answer in server.post("/generate", body))
-    ]
-
-
-def difference(one: Answer, other: Answer) -> float:
-    """The largest difference in logprob up to the first token that differs, that one included."""
-    largest = 0.0
-    for position, (token, logprob) in enumerate(zip(one.ids, one.logprobs, strict=True)):
-        chosen = other.ids[position]
-        if chosen != token:
-            return max(largest, logprob - one.best[position].get(chosen, -float("inf")))
-        largest = max(largest, abs(logprob - other.logprobs[position]))
-    return largest
-
-
-def prefill_noise(server: Server, answers: list[Answer]) -> float:
-    """How far prefill is from decoding, in logprob of the tokens that were decoded."""
-    server.flush()
-    body = {
-        "input_ids": [
-            [*prompt, *answer.ids] for prompt, answer in zip(prompts(), answers, strict=True)
-        ],
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-    }
-    largest = 0.0
-    for said, answer in zip(server.post("/generate", body), answers, strict=True):
-        entries = said["meta_info"]["input_token_logprobs"][-TOKENS:]
-        assert [entry[1] for entry in entries] == answer.ids
-        for entry, logprob in zip(entries, answer.logprobs, strict=True):
-            largest = max(largest, abs(entry[0] - logprob))
-    return largest
-
-
-def budget_problem(family: "Family", before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What is wrong with the budget of one `ask` with p = 1, if anything."""
-    names = ("context_tokens", "candidate_tokens", "kept_tokens")
-    context, candidates, kept = (after["budget"][n] - before["budget"][n] for n in names)
-    if not context == candidates == kept:
-        return f"of {context} tokens {candidates} were candidates and {kept} kept"
-    once = sum(size + step for size in PROMPT_TOKENS for step in range(1, TOKENS))
-    layers = context / (once * family.settings["num_key_value_heads"])
-    # Overlap scheduling decodes one more token than a request takes.
-    if round(layers, 0) != family.selecting_layers:
-        return f"{layers:.2f} layers were sparse, expected {family.selecting_layers}"
-    if after["audit"]["violations"] or not after["audit"]["checks"]:
-        return f"the audit says {after['audit']}"
-    return ""
-
-
-def equality(family: "Family", server: Server) -> str:
-    """Keeping everything equals dense attention; keeping little does not."""
-    dense = ask(server, {"enabled": False})
-    tolerance = 2 * prefill_noise(server, dense)
-    before = server.twilight()
-    everything = ask(server, {"p": 1.0})
-    problem = budget_problem(family, before, server.twilight())
-    if problem:
-        return problem
-    largest = max(map(difference, dense, everything))
-    if largest > tolerance:
-        return f"logprobs differ from dense by {largest:.4f}, more than {tolerance:.4f}"
-    little = max(map(difference, dense, ask(server, {"p": 0.05})))
-    if little <= tolerance:
-        return f"p = 0.05 differs from dense by {little:.4f}, within noise: nothing is shown"
-    return ""
-
-
-def idle(family: "Family", server: Server) -> str:
-    """Speculative decoding runs, densely, whatever a request asks of Twilight."""
-    prompt = prompts()[-1]
-    dense, asked = (
-        server.generate(prompt, 4 * TOKENS, wish)["output_ids"]
-        for wish in ({"enabled": False}, {"p": 0.05})
-    )
-    state = server.twilight()
-    if state["budget"]["context_tokens"] or state["pages"]["sealed"]:
-        return f"not idle: {state['budget']}, {state['pages']}"
-    if len(dense) != 4 * TOKENS or dense != asked:
-        return f"asked for p = 0.05 it decoded {asked}, not {dense}"
-    if "Twilight is idle under speculative decoding" not in server.log.read_text():
-        return "the log does not say that Twilight is idle"
-    return ""
-
-
-def mixed(family: "Family", server: Server) -> str:
-    """Prefills arrive while others decode: rows of the mixed steps are counted apart."""
-    asked, drawn = {"p": 1.0}, random.Random(1)
-    with ThreadPoolExecutor(1) as pool:
-        decoding = pool.submit(server.generate, prompts()[1], 1024, asked)
-        while not server.twilight()["budget"]["context_tokens"]:
-            time.sleep(0.05)
-        while not decoding.done() and not server.twilight()["budget"]["mixed_rows"]:
-            arrival = [drawn.randrange(3, VOCABULARY) for _ in range(200)]
-            server.generate(arrival, 1, asked)
-        decoding.result()
-    state = server.twilight()
-    if not state["budget"]["mixed_rows"]:
-        return "no decode row was in a mixed step"
-    if state["budget"]["kept_tokens"] != state["budget"]["context_tokens"]:
-        return f"p = 1 did not keep everything: {state['budget']}"
-    if state["audit"]["violations"] or not state["audit"]["checks"]:
-        return f"the audit says {state['audit']}"
-    return ""
-
-
-@dataclass(frozen=True)
 class Family:
     """A model family, or one model in another mode.
 
@@ -208,6 +70,8 @@ class Family:
         flags: for its server; `{folder}` is the model's.
         check: says how the server differs from what is expected; an empty text if it does not.
         draft: config.json of a draft model.
+        adapter: write a LoRA adapter for the attention's projections.
+        request: further fields of each request.
     """
 
     model_type: str
@@ -216,6 +80,8 @@ class Family:
     flags: tuple[str, ...] = ()
     check: Callable[["Family", Server], str] = equality
     draft: dict[str, Any] | None = None
+    adapter: bool = False
+    request: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -274,6 +140,40 @@ FAMILIES = {
     "qwen3-next": Family(
         "qwen3_next", QWEN3_NEXT, selecting_layers=1, flags=("--max-mamba-cache-size", "32")
     ),
+    # Modes of the server.
+    "llama-fp8": Family("llama", LLAMA, flags=("--kv-cache-dtype", "fp8_e4m3")),
+    "llama-flashinfer": Family("llama", LLAMA, flags=("--attention-backend", "flashinfer")),
+    "llama-triton": Family("llama", LLAMA, flags=("--attention-backend", "triton")),
+    "llama-page-64": Family("llama", LLAMA, flags=("--page-size", "64")),
+    "llama-chunked": Family("llama", LLAMA, flags=("--chunked-prefill-size", "256")),
+    "llama-prefill-graphs": Family(
+        "llama", LLAMA, flags=("--cuda-graph-backend-prefill", "breakable")
+    ),
+    "llama-compile": Family("llama", LLAMA, flags=("--enable-torch-compile",)),
+    "llama-no-overlap": Family("llama", LLAMA, flags=("--disable-overlap-schedule",)),
+    "llama-lora": Family(
+        "llama",
+        LLAMA,
+        flags=("--enable-lora", "--lora-paths", "a={folder}/adapter"),
+        check=adapted,
+        adapter=True,
+        request={"lora_path": "a"},
+    ),
+    "llama-hicache": Family(
+        "llama",
+        LLAMA,
+        flags=(
+            *("--enable-hierarchical-cache", "--hicache-ratio", "4"),
+            *("--max-total-tokens", "4096", "--twilight-selector-budget", "0.5"),
+        ),
+        check=reloaded,
+    ),
+    "llama-retraction": Family(
+        "llama",
+        LLAMA,
+        flags=("--max-total-tokens", "4608", "--schedule-conservativeness", "0.1"),
+        check=retracted,
+    ),
     "llama-mixed": Family("llama", LLAMA, flags=("--enable-mixed-chunk",), check=mixed),
     "llama-ngram": Family("llama", LLAMA, flags=NGRAM, check=idle),
     "llama-eagle": Family(
@@ -303,6 +203,28 @@ def write_model(family: Family, folder: Path) -> None:
         (folder / "draft").mkdir()
         draft = json.loads((folder / "config.json").read_text()) | family.draft
         (folder / "draft" / "config.json").write_text(json.dumps(draft))
+    if family.adapter:
+        write_adapter(model, folder / "adapter")
+
+
+def write_adapter(model: "PreTrainedModel", folder: Path) -> None:
+    """Write a random LoRA adapter, as PEFT would."""
+    import torch
+    from safetensors.torch import save_file
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    weights = {}
+    for path, module in model.named_modules():
+        if path.endswith(names):
+            rows, columns = module.weight.shape
+            of = f"base_model.model.{path}.lora_"
+            weights[f"{of}A.weight"] = torch.randn(ADAPTER_RANK, columns) / columns**0.5
+            weights[f"{of}B.weight"] = torch.randn(rows, ADAPTER_RANK) / ADAPTER_RANK**0.5
+    about = {"peft_type": "LORA", "r": ADAPTER_RANK, "lora_alpha": ADAPTER_RANK}
+    about |= {"target_modules": list(names), "bias": "none", "task_type": "CAUSAL_LM"}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 def verdict(name: str, folder: Path, logs: Path, flags: Iterable[str]) -> str:
