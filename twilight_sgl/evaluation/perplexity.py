@@ -5,6 +5,7 @@ prompt would be those of prefill, which is dense. Other servers cannot be told w
 the same tokens are scored as part of the prompt, which is right for dense servers.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -85,11 +86,22 @@ def read_text(path: Path, tokenize: Callable[[str], list[int]]) -> Text:
 
 def check_server(server: Server) -> None:
     """Raise TwilightError for an SGLang server that takes no tokens to decode."""
-    if server.endpoint == GENERATE and not server.info.get("enable_custom_logit_processor", True):
+    if server.endpoint != GENERATE:
+        return
+    if not server.info.get("enable_custom_logit_processor", True):
         raise TwilightError(
             f"{PERPLEXITY}: the server at {server.url} cannot be told what to decode: start it "
             "with --enable-custom-logit-processor"
         )
+    _processor()  # importing takes seconds, in which a request's connection would time out
+
+
+@functools.cache
+def _processor() -> str:
+    """What requests name the logit processor by."""
+    from twilight_sgl.evaluation.forced_tokens import ForcedTokens
+
+    return ForcedTokens.to_str()
 
 
 async def measure(
@@ -132,7 +144,7 @@ async def _of_decoding(
     twilight: Mapping[str, Any] | None,
 ) -> tuple[list[float], int | None]:
     """Log-probabilities of the window's last tokens, which the server is made to decode."""
-    from twilight_sgl.evaluation.forced_tokens import FORCED, OFFSET, ForcedTokens
+    from twilight_sgl.evaluation.forced_tokens import FORCED, OFFSET
 
     forced = window[-_FORCED_TOKENS:]
     options = {} if twilight is None else {"twilight": dict(twilight)}
@@ -144,7 +156,7 @@ async def _of_decoding(
             "ignore_eos": True,
             "custom_params": {FORCED: forced, **options},
         },
-        "custom_logit_processor": ForcedTokens.to_str(),
+        "custom_logit_processor": _processor(),
         "return_logprob": True,
         "top_logprobs_num": 2,
     }

@@ -78,7 +78,7 @@ def _heads(runs: Mapping[str, Run], pyplot: Any) -> Any | None:
     if not told:
         return None
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = [100 * heads.kept_fraction for heads in told.values()]
     positive = [float(each[each > 0].min()) for each in values if (each > 0).any()]
@@ -107,10 +107,10 @@ def _heads(runs: Mapping[str, Run], pyplot: Any) -> Any | None:
     grid[-1, 0].set_xlabel("layer", fontsize=8)
     bar = figure.colorbar(shown, ax=list(grid[:, 0]), pad=0.01)
     bar.set_label("tokens kept, % of the context", fontsize=8)
-    bar.ax.tick_params(labelsize=7, which="both")
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    bar.ax.yaxis.set_major_formatter(plain)
-    bar.ax.yaxis.set_minor_formatter(plain)
+    bar.ax.tick_params(labelsize=7)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

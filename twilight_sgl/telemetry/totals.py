@@ -33,13 +33,13 @@ class Totals:
     def since(self, earlier: "Totals") -> "Totals":
         """What was counted after `earlier`."""
         return Totals(
-            self.sparse_rows - earlier.sparse_rows,
-            self.context_tokens - earlier.context_tokens,
-            self.candidate_tokens - earlier.candidate_tokens,
-            self.kept_tokens - earlier.kept_tokens,
-            self.layer_ids,
-            self.head_kept_tokens - earlier.head_kept_tokens,
-            self.head_kept_mass - earlier.head_kept_mass,
+            sparse_rows=self.sparse_rows - earlier.sparse_rows,
+            context_tokens=self.context_tokens - earlier.context_tokens,
+            candidate_tokens=self.candidate_tokens - earlier.candidate_tokens,
+            kept_tokens=self.kept_tokens - earlier.kept_tokens,
+            layer_ids=self.layer_ids,
+            head_kept_tokens=self.head_kept_tokens - earlier.head_kept_tokens,
+            head_kept_mass=self.head_kept_mass - earlier.head_kept_mass,
         )
 
     def kept_mass(self) -> float | None:
@@ -96,11 +96,10 @@ def add_up(states: Sequence[Mapping[str, Any]]) -> Totals:
             tokens = tokens + fraction * (budget["context_tokens"] / fraction.size)
             mass = mass + np.asarray(state["heads"]["kept_mass"], np.float64) * count
     return Totals(
-        sum(rows),
-        *(
-            sum(budget[name] for budget in budgets)
-            for name in ("context_tokens", "candidate_tokens", "kept_tokens")
-        ),
+        sparse_rows=sum(rows),
+        context_tokens=sum(budget["context_tokens"] for budget in budgets),
+        candidate_tokens=sum(budget["candidate_tokens"] for budget in budgets),
+        kept_tokens=sum(budget["kept_tokens"] for budget in budgets),
         layer_ids=tuple(states[0]["heads"]["layer_ids"]),
         head_kept_tokens=tokens,
         head_kept_mass=mass,
