@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from twilight_sgl.benchmark.decode_figures import COLOURS
 from twilight_sgl.evaluation import budgets
 from twilight_sgl.evaluation.records import Run
@@ -78,7 +80,6 @@ def _heads(runs: Mapping[str, Run], pyplot: Any) -> Any | None:
     if not told:
         return None
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     values = [100 * heads.kept_fraction for heads in told.values()]
     positive = [float(each[each > 0].min()) for each in values if (each > 0).any()]
@@ -108,9 +109,9 @@ def _heads(runs: Mapping[str, Run], pyplot: Any) -> Any | None:
     bar = figure.colorbar(shown, ax=list(grid[:, 0]), pad=0.01)
     bar.set_label("tokens kept, % of the context", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    ticks = [float(f"{tick:.2g}") for tick in np.geomspace(low, high, 8)[1:-1]]
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
     return figure
 
 

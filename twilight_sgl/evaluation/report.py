@@ -35,7 +35,7 @@ _PICTURES = (
         "Kept mass against p",
         "Kept mass against p: of the candidates' estimated weight, what each query head's own "
         "tokens hold. Those that others of its group or the newest pages add do not count, and "
-        "tokens are kept whole, so it is a little more than p:",
+        "tokens are kept whole, so it is more than p:",
     ),
 )
 
