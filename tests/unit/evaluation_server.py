@@ -7,7 +7,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
 from aiohttp import web
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from snapshots import HEADS_KV, LAYER_IDS, totals
+
+VOCABULARY = 8
+PAIRS = len(LAYER_IDS) * HEADS_KV
 
 
 def solve(prompt: str) -> str:
@@ -18,6 +25,39 @@ def solve(prompt: str) -> str:
         found = re.search(r"The pass key is (\d+)\.", prompt)
     assert found is not None
     return f" {found[1]}."
+
+
+def logits_at(position: int) -> torch.Tensor:
+    """Logits of the token at a position of a window, float32 [1, VOCABULARY]."""
+    return torch.sin(torch.arange(VOCABULARY) * (1.0 + position))[None] * 3
+
+
+class _Request:
+    """What a logit processor may read of SGLang's `Req`: here, a prompt that is in the cache."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.origin_input_ids = prompt
+
+    def get_fill_ids(self) -> list[int]:
+        return self.origin_input_ids
+
+
+def decode(body: dict[str, Any]) -> dict[str, Any]:
+    """`/generate`'s answer to a request with a logit processor, greedy, by SGLang's own steps."""
+    prompt, sampling = body["input_ids"], body["sampling_params"]
+    processor = CustomLogitProcessor.from_str(body["custom_logit_processor"])
+    params = sampling["custom_params"] | {"__req__": _Request(prompt)}
+    chosen, tops = [], []
+    for step in range(sampling["max_new_tokens"]):
+        logits = processor(logits_at(len(prompt) + step), [params])
+        values, ids = logits.log_softmax(-1)[0].topk(body["top_logprobs_num"])
+        top = [
+            [value, token, None] for value, token in zip(values.tolist(), ids.tolist(), strict=True)
+        ]
+        chosen.append(top[0])
+        tops.append(top)
+    meta = {"output_token_logprobs": chosen, "output_top_logprobs": tops}
+    return {"text": "", "meta_info": {**meta, "prompt_tokens": len(prompt)}}
 
 
 class EvaluationServer:
@@ -31,6 +71,9 @@ class EvaluationServer:
         answer: output of a prompt.
         refuses_after: requests that it answers before it refuses others.
         sparse: decode steps select, so that budgets grow by each prompt's characters.
+        replicas: that take turns; each has totals of its own.
+        processors: it takes custom logit processors.
+        retractions: of each request that has one.
     """
 
     def __init__(
@@ -43,14 +86,19 @@ class EvaluationServer:
         answer: Callable[[str], str] = solve,
         refuses_after: int | None = None,
         sparse: bool = True,
+        replicas: int = 1,
+        processors: bool = True,
+        retractions: int = 0,
     ) -> None:
         self.model, self.sglang, self.twilight, self.context = model, sglang, twilight, context
         self.answer, self.refuses_after, self.sparse = answer, refuses_after, sparse
+        self.processors, self.retractions = processors, retractions
         self.requests: list[dict[str, Any]] = []
         self.prompts: list[str] = []
         self.most_at_once = 0
         self.url = ""
-        self._at_once = self._context_tokens = 0
+        self._at_once = 0
+        self._totals = [[0, 0] for _ in range(replicas)]  # sparse rows, context of a KV head
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._serve)
@@ -92,19 +140,21 @@ class EvaluationServer:
         return web.json_response({"model_path": self.model, "tokenizer_path": None})
 
     async def _server_info(self, _: web.Request) -> web.Response:
-        state: dict[str, Any] = {}
-        if self.twilight is not None:
-            context = self._context_tokens
-            budget = {
-                "context_tokens": context,
-                "candidate_tokens": context // 4,
-                "kept_tokens": context // 10,
+        shape = (len(LAYER_IDS), HEADS_KV)
+        states: list[dict[str, Any]] = []
+        for rows, context in self._totals:
+            counts = {
+                f"{name}_tokens": np.full(shape, context // part)
+                for name, part in (("context", 1), ("candidate", 4), ("kept", 10))
             }
-            state["twilight"] = {"config": self.twilight, "budget": budget}
+            shown = {"config": self.twilight, **totals(rows, **counts).to_dict()}
+            states.append({} if self.twilight is None else {"twilight": shown})
         about = {"attention_backend": "fa3", "version": "0.0", "max_total_num_tokens": 100_000}
-        return web.json_response({**about, "internal_states": [state]})
+        about["enable_custom_logit_processor"] = self.processors
+        return web.json_response({**about, "internal_states": states})
 
-    async def _complete(self, request: web.Request, prompt_field: str) -> str | None:
+    async def _take(self, request: web.Request) -> dict[str, Any] | None:
+        """A request's body; None if it is to be refused."""
         body = await request.json()
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
@@ -112,20 +162,39 @@ class EvaluationServer:
         self._at_once -= 1
         if self.refuses_after is not None and len(self.requests) >= self.refuses_after:
             return None
+        prompt = body.get("text") or body.get("prompt") or body["input_ids"]
+        if self.sparse:
+            replica = self._totals[len(self.requests) % len(self._totals)]
+            replica[0] += 1
+            replica[1] += 40 * len(prompt)
         self.requests.append(body)
-        self.prompts.append(body[prompt_field])
-        self._context_tokens += self.sparse * 40 * len(body[prompt_field])
-        return self.answer(body[prompt_field])
+        if isinstance(prompt, str):
+            self.prompts.append(prompt)
+        return body
 
     async def _generate(self, request: web.Request) -> web.Response:
-        text = await self._complete(request, "text")
-        if text is None:
+        body = await self._take(request)
+        if body is None:
             return web.Response(status=400, text=json.dumps({"error": {"message": "too long"}}))
+        if "input_ids" in body:
+            answer = decode(body)
+            answer["meta_info"]["num_retractions"] = self.retractions
+            return web.json_response(answer)
         meta = {"prompt_tokens": 7, "finish_reason": {"type": "stop"}}
-        return web.json_response({"text": text, "meta_info": meta})
+        return web.json_response({"text": self.answer(body["text"]), "meta_info": meta})
 
     async def _completions(self, request: web.Request) -> web.Response:
-        text = await self._complete(request, "prompt")
-        if text is None:
+        body = await self._take(request)
+        if body is None:
             return web.Response(status=500, text="out of memory")
-        return web.json_response({"choices": [{"text": text}], "usage": {"prompt_tokens": 7}})
+        prompt = body["prompt"]
+        choice: dict[str, Any] = {"text": ""}
+        if body.get("echo"):
+            likely = [
+                logits_at(place).log_softmax(-1)[0, token].item()
+                for place, token in enumerate(prompt)
+            ]
+            choice["logprobs"] = {"token_logprobs": [None, *likely[1:]]}
+        elif isinstance(prompt, str):
+            choice["text"] = self.answer(prompt)
+        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 7}})

@@ -21,7 +21,6 @@ from twilight_sgl.benchmark import decode
 from twilight_sgl.benchmark.decode_figures import (
     Measured,
     agreement,
-    budget,
     build_rows,
     format_table,
     percentiles,
@@ -43,7 +42,9 @@ def stream(*chunks: tuple[float, int], sent_s: float = 0.0, ids: list[int] | Non
 
 def info(context: int, candidates: int, kept: int) -> dict[str, Any]:
     tokens = {"context_tokens": context, "candidate_tokens": candidates, "kept_tokens": kept}
-    state = {"twilight": {"config": {"p": 0.9}, "budget": tokens}}
+    heads = {"layer_ids": [0], "kept_fraction": [[kept / max(context, 1)]], "kept_mass": [[0.9]]}
+    steps = {"sparse_rows": context // 1000}
+    state = {"twilight": {"config": {"p": 0.9}, "budget": tokens, "heads": heads, "steps": steps}}
     return {"max_total_num_tokens": 4096, "internal_states": [state]}
 
 
@@ -147,14 +148,6 @@ def test_answers_cut_short_agree_only_as_far_as_they_go() -> None:
     short = [stream((0.0, 2), ids=[1, 2])]
     assert agreement(short, [stream((0.0, 4))], 4)["exact_share"] == 0
     assert agreement(short, short, 4) == {"equal_share": 0.5, "exact_share": 0.0}
-
-
-def test_budget_is_of_the_timed_pass() -> None:
-    spent = budget(info(1000, 900, 800), info(3000, 1400, 820))
-    assert spent == {"context_tokens": 2000, "candidate_share": 0.25, "kept_share": 0.01}
-    dense = budget(info(5, 5, 5), info(5, 5, 5))
-    assert dense == {"context_tokens": 0, "candidate_share": None, "kept_share": None}
-    assert budget({"internal_states": [{}]}, info(1, 1, 1)) is None
 
 
 @pytest.fixture

@@ -4,13 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from twilight_sgl.evaluation import budgets
 from twilight_sgl.evaluation.__main__ import main
-from twilight_sgl.evaluation.records import Writer
+from twilight_sgl.evaluation.records import Run, Writer
+from twilight_sgl.evaluation.report import read_runs
 
 SETTINGS = {"method": "fa3", "dense": True, "model": "m", "request": None}
-SPARSE = {**SETTINGS, "method": "twilight p=0.9", "dense": False}
+SERVER = {"p": 0.9, "selector": "quest", "pruner": "top_p"}
+SPARSE = {**SETTINGS, "method": "twilight p=0.9", "dense": False, "server": SERVER}
 
 
 def write(
@@ -29,8 +33,15 @@ def write(
         for place, share in enumerate(kept):
             spent = {
                 "context_tokens": 1000 * 2**place,
+                "sparse_rows": 3 - place,
                 "candidate_share": 0.25,
                 "kept_share": share,
+                "kept_mass": 0.9 + share,
+                "heads": {
+                    "layer_ids": [1, 3],
+                    "kept_fraction": [[share, 0.0], [share, share]],
+                    "kept_mass": [[0.9, 0.9], [0.9, 0.9 + 4 * share]],
+                },
             }
             writer.add_budget({"task": "vt", "context": 4096, "samples": 4, "budget": spent})
     return str(path)
@@ -79,16 +90,47 @@ def test_budgets_are_weighed_by_their_tokens(runs: list[str], tmp_path: Path) ->
     assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "accuracy.md").read_text()
     assert cells(text, "## Budgets") == {
-        "fa3": ["all", "all"],
-        "twilight p=0.9": ["25.00%", "2.00%"],
+        "fa3": ["all", "all", "-"],
+        "twilight p=0.9": ["25.00%", "2.00%", "92.80%"],  # mass is weighed by rows: 3 and 2
     }
 
 
-def test_a_plot_is_drawn(runs: list[str], tmp_path: Path) -> None:
+def test_heads_are_weighed_by_their_tokens_and_rows(runs: list[str]) -> None:
+    dense, sparse = read_runs([Path(run) for run in runs]).values()
+    assert budgets.heads(dense) is None
+    heads = budgets.heads(sparse)
+    assert heads is not None
+    assert heads.layer_ids == [1, 3]
+    assert np.allclose(heads.kept_fraction, [[0.02, 0.0], [0.02, 0.02]])
+    assert np.allclose(heads.kept_mass, [[0.9, 0.9], [0.9, 0.9 + 4 * 0.028]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "p"),
+    [
+        (SETTINGS, None),
+        (SPARSE, 0.9),
+        ({**SPARSE, "request": {"p": 0.5}}, 0.5),
+        ({**SPARSE, "request": {"enabled": False}, "dense": True}, None),
+        ({**SPARSE, "server": {**SERVER, "pruner": "none"}}, None),
+    ],
+)
+def test_p_is_the_request_s_before_the_server_s(settings: dict[str, Any], p: float | None) -> None:
+    assert budgets.p_of(Run(settings)) == p
+
+
+def test_pictures_are_drawn_of_what_there_is(runs: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    assert "(accuracy.png)" in (tmp_path / "out" / "accuracy.md").read_text()
+    for files, names in ((runs, {"accuracy", "heads", "mass"}), (runs[:1], {"accuracy"})):
+        out = tmp_path / str(len(files))
+        assert main(["report", *files, "--out", str(out)]) == 0
+        text = (out / "accuracy.md").read_text()
+        drawn = {path.stem for path in out.iterdir() if path.suffix == ".png"}
+        assert drawn == names
+        for name in names:
+            assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+            assert f"({name}.png)" in text
+        assert text.count("](") == len(names)
 
 
 def test_without_matplotlib_the_table_is_written(
@@ -100,10 +142,10 @@ def test_without_matplotlib_the_table_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
     assert "pip install matplotlib" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "accuracy.png").exists()
+    assert not list((tmp_path / "out").glob("*.png"))
     text = (tmp_path / "out" / "accuracy.md").read_text()
     assert "| 4096 | passkey | 4 |" in text
-    assert "accuracy.png" not in text
+    assert ".png" not in text
 
 
 def test_files_of_the_same_settings_are_one_run(tmp_path: Path) -> None:

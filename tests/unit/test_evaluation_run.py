@@ -1,48 +1,20 @@
 """Evaluation of a server: what is sent, recorded, gone on with and refused."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tokenizers
-import transformers
-from evaluation_server import EvaluationServer, solve
+from evaluation_client import Evaluate
+from evaluation_server import PAIRS, EvaluationServer, solve
+from snapshots import HEADS_KV, LAYER_IDS
 
 from twilight_sgl.evaluation import tasks
 from twilight_sgl.evaluation.__main__ import main
 from twilight_sgl.evaluation.records import read_run
 
+pytest_plugins = "evaluation_client"
+
 TWILIGHT = {"p": 0.95, "selector": "quest", "selector_budget": 0.25, "pruner": "top_p"}
-Evaluate = Callable[..., int]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tokenizer whose tokens are words, and that puts one before every text."""
-    words = {"<s>": 0, "?": 1, "it": 2}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    folder = tmp_path_factory.mktemp("model")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", unk_token="?"
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def evaluate(tmp_path: Path) -> Evaluate:
-    """Runs the command on a server, into `out.json`; tasks first, then other flags."""
-
-    def run(server: EvaluationServer | str, *arguments: str) -> int:
-        url = server if isinstance(server, str) else server.url
-        given = ["--url", url, "--json", str(tmp_path / "out.json"), *arguments]
-        return main([*given, "--context", "600"] if "--context" not in arguments else given)
-
-    return run
 
 
 def test_every_sample_is_sent_once_scored_and_recorded(
@@ -124,8 +96,25 @@ def test_twilight_is_asked_for_and_its_budgets_recorded(
     assert (run.settings["method"], run.settings["dense"]) == (method, dense)
     (spent,) = run.budgets
     assert (spent["task"], spent["context"], spent["samples"]) == ("passkey", 600, 3)
-    assert spent["budget"]["context_tokens"] == 40 * sum(map(len, server.prompts))
-    assert spent["budget"]["kept_share"] == pytest.approx(0.1, abs=1e-4)
+    budget = spent["budget"]
+    assert budget["context_tokens"] == 40 * PAIRS * sum(map(len, server.prompts))
+    assert budget["kept_share"] == pytest.approx(0.1, abs=1e-4)
+    assert (budget["sparse_rows"], budget["kept_mass"]) == (3, pytest.approx(0.9))
+    assert budget["heads"] == {
+        "layer_ids": list(LAYER_IDS),
+        "kept_fraction": [[0.1] * HEADS_KV] * len(LAYER_IDS),
+        "kept_mass": [[0.9] * HEADS_KV] * len(LAYER_IDS),
+    }
+
+
+def test_budgets_are_of_all_replicas(model: str, evaluate: Evaluate, tmp_path: Path) -> None:
+    with EvaluationServer(model, twilight=TWILIGHT, replicas=2) as server:
+        assert evaluate(server, "passkey", "--samples", "3", "--seed", "1") == 0
+        assert evaluate(server, "passkey", "--samples", "3") == 0
+    budgets = [spent["budget"] for spent in read_run(tmp_path / "out.json").budgets]
+    assert [budget["sparse_rows"] for budget in budgets] == [3, 3]
+    total = sum(budget["context_tokens"] for budget in budgets)
+    assert total == 40 * PAIRS * sum(map(len, server.prompts))
 
 
 def test_quest_is_named_by_its_budget(model: str, evaluate: Evaluate, tmp_path: Path) -> None:

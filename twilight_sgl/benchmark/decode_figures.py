@@ -10,6 +10,7 @@ import numpy as np
 
 from twilight_sgl.benchmark.prompts import Load
 from twilight_sgl.benchmark.streaming import MeasurementError, Stream
+from twilight_sgl.telemetry.totals import between, twilight_states
 
 PERCENTILES = (5, 20, 50, 80, 95)
 COLOURS = ("#8c8c8c", "#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974")
@@ -102,31 +103,6 @@ def agreement(
     }
 
 
-def twilight_state(info: dict[str, Any]) -> dict[str, Any] | None:
-    """Twilight's part of `/server_info`, None for a server that decodes otherwise."""
-    states = info.get("internal_states") or [{}]
-    return states[0].get("twilight")
-
-
-def budget(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any] | None:
-    """Budgets between two `/server_info`, as shares of the context; None without Twilight.
-
-    Shares are None where no decode step was sparse.
-    """
-    states = (twilight_state(before), twilight_state(after))
-    if states[0] is None or states[1] is None:
-        return None
-    old, new = states[0]["budget"], states[1]["budget"]
-    context, candidates, kept = (
-        new[name] - old[name] for name in ("context_tokens", "candidate_tokens", "kept_tokens")
-    )
-    return {
-        "context_tokens": context,
-        "candidate_share": candidates / context if context else None,
-        "kept_share": kept / context if context else None,
-    }
-
-
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
@@ -139,7 +115,8 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
         for result in (result for result in results if result.load == load):
             speed = steady_phase(result.timed)
             other = reference[load].timed if result.backend != first else result.cold
-            state = twilight_state(result.after)
+            states = twilight_states(result.after)
+            spent = between(result.before, result.after)
             row: dict[str, Any] = {
                 "load": load.name,
                 "backend": result.backend,
@@ -152,10 +129,10 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "throughput_ratio": speed["tokens_per_s"] / base,
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
-                "budget": budget(result.before, result.after),
+                "budget": None if spent is None else spent.shares(),
                 "agreement": agreement(result.timed, other, output_tokens),
                 "agreement_with": first if result.backend != first else f"{first}, run twice",
-                "twilight": state["config"] if state else None,
+                "twilight": states[0]["config"] if states else None,
             }
             if result.prefix is not None:
                 ttft = percentiles([stream.first_token_s for stream in result.prefix])

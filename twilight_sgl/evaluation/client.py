@@ -7,8 +7,8 @@ from typing import Any
 
 import aiohttp
 
-from twilight_sgl.benchmark.decode_figures import twilight_state
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.telemetry.totals import twilight_states
 
 GENERATE, COMPLETIONS = "/generate", "/v1/completions"
 
@@ -103,6 +103,26 @@ async def complete(
     else:
         body = {"model": server.model, "prompt": prompt, "temperature": 0, **params}
         body["max_tokens"] = max_tokens
+    answer = await post(session, server, body)
+    try:
+        if server.endpoint == COMPLETIONS:
+            used = (answer.get("usage") or {}).get("prompt_tokens")
+            return Answer(answer["choices"][0]["text"], used)
+        return Answer(answer["text"], answer["meta_info"].get("prompt_tokens"))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise no_completion(server, answer) from error
+
+
+async def post(
+    session: aiohttp.ClientSession, server: Server, body: Mapping[str, Any], *, if_ended: str = ""
+) -> dict[str, Any]:
+    """What the server's endpoint answers.
+
+    Args:
+        if_ended: what else to check where the server ends the connection.
+    Raises:
+        TwilightError: the server refused, aborted or ended; the message is its own.
+    """
     where = server.url + server.endpoint
     try:
         async with session.post(where, json=body) as response:
@@ -110,33 +130,37 @@ async def complete(
     except (aiohttp.ClientError, OSError) as error:
         raise TwilightError(
             f"{where} ended the connection ({error!r}): see the server's log, then run the same "
-            "command again, which goes on where this one stopped"
+            f"command again, which goes on where this one stopped{if_ended}"
         ) from error
     if status != 200:
         raise TwilightError(f"{where} answered {status}: {text[:500]}")
     try:
         answer = json.loads(text)
-        if server.endpoint == COMPLETIONS:
-            used = (answer.get("usage") or {}).get("prompt_tokens")
-            return Answer(answer["choices"][0]["text"], used)
-        meta, output = answer["meta_info"], answer["text"]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise TwilightError(f"{where} answered what is no completion: {text[:500]}") from error
-    reason = meta.get("finish_reason") or {}
-    if reason.get("type") == "abort":
+        reason = (answer.get("meta_info") or {}).get("finish_reason") or {}
+        aborted = reason.get("type") == "abort"
+    except (ValueError, AttributeError) as error:
+        raise no_completion(server, text) from error
+    if aborted:
         raise TwilightError(f"{where} aborted: {reason.get('message')}")
-    return Answer(output, meta.get("prompt_tokens"))
+    return answer
+
+
+def no_completion(server: Server, answer: object) -> TwilightError:
+    """The error of an answer that lacks what was asked for."""
+    return TwilightError(
+        f"{server.url}{server.endpoint} answered what is no completion: {str(answer)[:500]}"
+    )
 
 
 def method_name(info: Mapping[str, Any], twilight: Mapping[str, Any] | None) -> str:
     """What tables call a way to decode: the attention backend, or the sparsity that holds."""
-    state = twilight_state(dict(info))
+    states = twilight_states(info)
     if twilight is not None and twilight.get("enabled") is False:
         return "dense"
-    if state is None:
+    if not states:
         backend = info.get("decode_attention_backend") or info.get("attention_backend")
         return str(backend or "dense")
-    config = state["config"]
+    config = states[0]["config"]
     if config.get("pruner") == "none":
         return f"{config['selector']} B0={config['selector_budget']:g}"
     p = (twilight or {}).get("p", config["p"])

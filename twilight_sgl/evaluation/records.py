@@ -9,6 +9,7 @@ from typing import Any
 from twilight_sgl.errors import TwilightError
 
 Key = tuple[str, int, int, int]
+TEXT = "perplexity_text"  # of settings: SHA-256 of the file, None without that task
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +15,10 @@ import aiohttp
 from tqdm import tqdm
 
 from twilight_sgl import __version__
-from twilight_sgl.benchmark.decode_figures import budget, twilight_state
 from twilight_sgl.benchmark.record import parse_tokens
 from twilight_sgl.benchmark.streaming import open_session
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.evaluation import perplexity
 from twilight_sgl.evaluation.client import (
     Server,
     complete,
@@ -25,12 +26,13 @@ from twilight_sgl.evaluation.client import (
     method_name,
     read_info,
 )
-from twilight_sgl.evaluation.records import Writer
+from twilight_sgl.evaluation.records import TEXT, Writer
 from twilight_sgl.evaluation.scoring import agreeing_tokens, recall
 from twilight_sgl.evaluation.sizes import Prompts, prompt_hash
-from twilight_sgl.evaluation.tasks import GROUPS, TASKS, Sample, parse_tasks
+from twilight_sgl.evaluation.tasks import GROUPS, PERPLEXITY, TASKS, Sample, parse_tasks
 from twilight_sgl.evaluation.text import text_hash
 from twilight_sgl.request import RequestOptions
+from twilight_sgl.telemetry.totals import between, twilight_states
 
 
 def parse_contexts(value: str) -> tuple[int, ...]:
@@ -43,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tasks",
         nargs="+",
         metavar="TASK",
-        help=f"{', '.join(TASKS)}; or {' or '.join(GROUPS)} of them",
+        help=f"{', '.join(TASKS)}; or {' or '.join(GROUPS)} of them; or {PERPLEXITY} of --text",
     )
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"prose, for {PERPLEXITY}")
     parser.add_argument("--url", required=True, help="e.g. http://127.0.0.1:30000")
     parser.add_argument(
         "--against",
@@ -76,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", help="name in reports; by default what the server decodes with")
 
 
-def check_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
+def check_arguments(args: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any] | None:
     """Twilight's options for every request; None for the server's.
 
     Raises:
@@ -85,6 +88,10 @@ def check_arguments(args: argparse.Namespace) -> dict[str, Any] | None:
     for name in ("samples", "concurrency"):
         if getattr(args, name) < 1:
             raise TwilightError(f"--{name} {getattr(args, name)}: pass at least 1")
+    if PERPLEXITY in tasks and args.text is None:
+        raise TwilightError(f"{PERPLEXITY} is of a text of yours: pass --text FILE")
+    if PERPLEXITY not in tasks and args.text is not None:
+        raise TwilightError(f"--text {args.text} is for the task {PERPLEXITY}: name it too")
     if args.twilight == "off":
         if args.p is not None:
             raise TwilightError(f"--p {args.p} and --twilight off: pass one of them")
@@ -111,7 +118,7 @@ def check_room(server: Server, contexts: Sequence[int]) -> None:
 
 def check_options(server: Server, twilight: dict[str, Any] | None) -> None:
     """Raise TwilightError for a server that does not know the options."""
-    if twilight is not None and twilight_state(server.info) is None:
+    if twilight is not None and not twilight_states(server.info):
         flag = "--p" if "p" in twilight else "--twilight off"
         raise TwilightError(
             f"{flag}: the server at {server.url} does not decode with Twilight: leave it out, or "
@@ -142,6 +149,7 @@ class Evaluation:
 
     Args:
         other: server that outputs are compared with, if there is one.
+        text: of which perplexity is asked for, if it is.
     """
 
     def __init__(
@@ -154,10 +162,11 @@ class Evaluation:
         prompts: Prompts,
         twilight: dict[str, Any] | None,
         other: Server | None,
+        text: perplexity.Text | None,
     ) -> None:
         self.args, self.server, self.session, self.writer = args, server, session, writer
         self.tokenize, self.prompts, self.twilight = tokenize, prompts, twilight
-        self.other = other
+        self.other, self.text = other, text
         self._maker = ThreadPoolExecutor(1)  # makes prompts while the server answers others
 
     async def run(self, tasks: Sequence[str]) -> None:
@@ -196,12 +205,18 @@ class Evaluation:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-        spent = budget(before, await read_info(self.session, self.server))
+        spent = between(before, await read_info(self.session, self.server))
         if spent is not None:
             about = {"task": task, "context": context, "seed": self.args.seed}
-            self.writer.add_budget({**about, "samples": len(indices), "budget": spent})
+            budget = {**spent.shares(), "heads": spent.heads()}
+            self.writer.add_budget({**about, "samples": len(indices), "budget": budget})
 
     async def _sample(self, task: str, context: int, index: int) -> dict[str, Any]:
+        if self.text is not None and task == PERPLEXITY:
+            key = (context, self.args.seed, index)
+            return await perplexity.measure(
+                self.session, self.server, self.text, key, self.twilight
+            )
         loop = asyncio.get_running_loop()
         sample: Sample = await loop.run_in_executor(
             self._maker, self.prompts.make, task, context, self.args.seed, index
@@ -251,7 +266,8 @@ class Evaluation:
 
 
 async def _evaluate(args: argparse.Namespace) -> Writer:
-    tasks, twilight = parse_tasks(args.tasks), check_arguments(args)
+    tasks = parse_tasks(args.tasks)
+    twilight = check_arguments(args, tasks)
     async with open_session() as session:
         server = await find_server(session, args.url)
         check_room(server, args.context)
@@ -268,26 +284,34 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
         tokenizer = args.tokenizer or server.tokenizer
         tokenize = load_tokenizer(tokenizer)
         prompts = Prompts(args.prompts, lambda prompt: len(tokenize(prompt)))
-        state = twilight_state(server.info)
+        text = None
+        if args.text is not None:
+            perplexity.check_server(server)
+            text = perplexity.read_text(args.text, tokenize)
+            text.check(args.context)
+        states = twilight_states(server.info)
         settings = {
             "method": args.method or method_name(server.info, twilight),
-            "dense": state is None or twilight == {"enabled": False},
+            "dense": not states or twilight == {"enabled": False},
             "model": server.model,
             "tokenizer": tokenizer,
             "endpoint": server.endpoint,
             "request": twilight,
             "against": None if other is None else method_name(other.info, None),
-            "server": None if state is None else state["config"],
+            "server": states[0]["config"] if states else None,
             "sglang": server.info.get("version"),
             "version": __version__,
             "text": text_hash(),
+            TEXT: None if text is None else text.sha256,
         }
         with Writer(args.json, settings) as writer:
             for task in tasks:  # a context too small for one is better known before an hour's work
-                prompts.make(task, min(args.context), args.seed, 0)
-            await Evaluation(args, server, session, writer, tokenize, prompts, twilight, other).run(
-                tasks
+                if task in TASKS:
+                    prompts.make(task, min(args.context), args.seed, 0)
+            evaluation = Evaluation(
+                args, server, session, writer, tokenize, prompts, twilight, other, text
             )
+            await evaluation.run(tasks)
     return writer
 
 
@@ -295,11 +319,14 @@ def _summarise(writer: Writer) -> None:
     run = writer.run
     by_group: dict[tuple[int, str], list[float]] = {}
     for sample in run.samples.values():
-        by_group.setdefault((sample["context"], sample["task"]), []).append(sample["score"])
-    for (context, task), scores in sorted(by_group.items()):
-        print(f"{task:16} {context:7d}  {sum(scores) / len(scores):6.1%} of {len(scores)}")
-    if run.settings.get("against") is not None:
-        compared = [sample["against"] for sample in run.samples.values()]
+        figure = "nll" if sample["task"] == PERPLEXITY else "score"
+        by_group.setdefault((sample["context"], sample["task"]), []).append(sample[figure])
+    for (context, task), figures in sorted(by_group.items()):
+        average, count = sum(figures) / len(figures), len(figures)
+        shown = f"{math.exp(average):7.3f}" if task == PERPLEXITY else f"{average:7.1%}"
+        print(f"{task:16} {context:7d} {shown} of {count}")
+    compared = [sample["against"] for sample in run.samples.values() if "against" in sample]
+    if compared:
         identical = sum(each["identical"] for each in compared) / len(compared)
         print(f"{identical:.1%} of outputs are those of {run.settings['against']}")
     if not run.settings["dense"] and not any(b["budget"]["context_tokens"] for b in run.budgets):

@@ -67,6 +67,7 @@ TASKS = {
         others=tuple(functools.partial(multi_turn, branch=n) for n in range(1, BRANCHES)),
     ),
 }
+PERPLEXITY = "perplexity"  # of a text that the user names: no prompt is made, nothing is answered
 OWN = ("passkey", "multi_turn")  # not RULER's
 GROUPS = {"all": tuple(TASKS), "ruler": tuple(name for name in TASKS if name not in OWN)}
 
@@ -77,9 +78,10 @@ def parse_tasks(names: Sequence[str]) -> list[str]:
     Raises:
         TwilightError: one is neither a task nor a group.
     """
-    if unknown := [name for name in names if name not in TASKS and name not in GROUPS]:
+    known = {*TASKS, *GROUPS, PERPLEXITY}
+    if unknown := [name for name in names if name not in known]:
         raise TwilightError(
-            f"no task {', '.join(map(repr, unknown))}; tasks: {', '.join(TASKS)}; "
+            f"no task {', '.join(map(repr, unknown))}; tasks: {', '.join(TASKS)}, {PERPLEXITY}; "
             f"groups: {', '.join(GROUPS)}"
         )
     return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, (name,))))

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.telemetry.totals import Totals, add_up, twilight_states
 
 TIMEOUT_SECONDS = 10
 NO_ANSWER = (OSError, ValueError, http.client.HTTPException)
@@ -91,7 +90,7 @@ class Source:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._last: dict[str, Any] | None = None
+        self._last: tuple[Totals, dict[str, int]] | None = None
 
     def read(self) -> Figures:
         """Ask the server.
@@ -101,27 +100,29 @@ class Source:
         """
         try:
             info = self._get("/server_info")
-            states = [state["twilight"] for state in info["internal_states"]]
+            states = twilight_states(info)
         except NO_ANSWER as error:
             self._last = None
             raise TwilightError(f"no answer from {self.url}: {_reason(error)}") from error
-        except (KeyError, TypeError) as error:
+        except (AttributeError, TypeError):
+            states = []
+        if not states:
             raise TwilightError(
                 f"{self.url} does not decode with Twilight: start it with "
                 "python -m twilight_sgl.launch_server"
-            ) from error
-        totals = _added(states)
+            )
+        totals, steps = add_up(states), _sums(states, "steps")
         last = self._last
-        if last is not None and last["steps"]["decode"] > totals["steps"]["decode"]:
+        if last is not None and last[1]["decode"] > steps["decode"]:
             last = None  # restarted
-        self._last = totals
+        self._last = totals, steps
         try:
             loads = self._get("/v1/loads?include=core")["loads"]
             running = sum(load["num_running_reqs"] for load in loads)
             waiting = sum(load["num_waiting_reqs"] for load in loads)
         except (*NO_ANSWER, KeyError, TypeError):
             running = waiting = None
-        return _figures(info, states, totals, last, running, waiting)
+        return _figures(info, states, totals, steps, last, running, waiting)
 
     def _get(self, path: str) -> Any:
         request = urllib.request.Request(self.url + path, headers=self._headers)
@@ -135,56 +136,39 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "reason", "") or error)
 
 
-def _added(states: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counts of all replicas; `kept_mass` becomes a sum over rows, layers and heads."""
-    totals: dict[str, Any] = {
-        part: {key: sum(state[part][key] for state in states) for key in states[0][part]}
-        for part in ("pages", "steps", "audit")
-    }
-    counted = ("context_tokens", "candidate_tokens", "kept_tokens")
-    totals["budget"] = {key: sum(state["budget"][key] for state in states) for key in counted}
-    totals["budget"]["kept_mass"] = sum(
-        (state["budget"]["kept_mass"] or 0) * state["steps"]["sparse_rows"] for state in states
-    )
-    return totals
+def _sums(states: list[dict[str, Any]], part: str) -> dict[str, Any]:
+    return {key: sum(state[part][key] for state in states) for key in states[0][part]}
 
 
-def _budget(totals: dict[str, Any], last: dict[str, Any] | None, pairs: int) -> Budget | None:
-    def added(part: str, key: str) -> Any:
-        return totals[part][key] - (last[part][key] if last else 0)
-
-    rows = added("steps", "sparse_rows")
-    if rows <= 0 or pairs == 0:
+def _budget(totals: Totals) -> Budget | None:
+    rows = totals.sparse_rows
+    mass = totals.kept_mass() if rows > 0 else None
+    if mass is None:
         return None
-    context, candidate, kept = (
-        added("budget", key) / (rows * pairs)
-        for key in ("context_tokens", "candidate_tokens", "kept_tokens")
-    )
+    each = rows * totals.head_kept_tokens.size
     return Budget(
         rows=rows,
-        context_tokens=context,
-        candidate_tokens=candidate,
-        kept_tokens=kept,
-        kept_fraction=kept / context if context else 0.0,
-        kept_mass=added("budget", "kept_mass") / rows,
+        context_tokens=totals.context_tokens / each,
+        candidate_tokens=totals.candidate_tokens / each,
+        kept_tokens=totals.kept_tokens / each,
+        kept_fraction=totals.kept_tokens / totals.context_tokens,
+        kept_mass=mass,
     )
 
 
 def _figures(
     info: Mapping[str, Any],
-    states: list[Mapping[str, Any]],
-    totals: dict[str, Any],
-    last: dict[str, Any] | None,
+    states: list[dict[str, Any]],
+    totals: Totals,
+    steps: dict[str, int],
+    last: tuple[Totals, dict[str, int]] | None,
     running: int | None,
     waiting: int | None,
 ) -> Figures:
-    config, heads = states[0]["config"], states[0]["heads"]
-    fraction = _mean_heads(states, "kept_fraction")
-    pairs = 0 if fraction is None else fraction.size
-    mass = _mean_heads(states, "kept_mass")
+    config, heads = states[0]["config"], totals.heads() or {}
     speeds = [state.get("last_gen_throughput") for state in info["internal_states"]]
     known = [speed for speed in speeds if speed is not None]
-    stood = running == 0 if last is None else last["steps"] == totals["steps"]
+    stood = running == 0 if last is None else last[1] == steps
     return Figures(
         model=Path(str(info.get("served_model_name") or info.get("model_path"))).name,
         p=config["p"],
@@ -193,22 +177,13 @@ def _figures(
         tokens_per_second=(0.0 if stood else sum(known)) if known else None,
         running=running,
         waiting=waiting,
-        now=_budget(totals, last, pairs) if last is not None else None,
-        total=_budget(totals, None, pairs),
-        pages=totals["pages"],
-        steps=totals["steps"],
-        audit=totals["audit"],
+        now=_budget(totals.since(last[0])) if last is not None else None,
+        total=_budget(totals),
+        pages=_sums(states, "pages"),
+        steps=steps,
+        audit=_sums(states, "audit"),
         audit_interval=config["audit_interval"],
-        layer_ids=heads["layer_ids"],
-        kept_fraction=None if fraction is None else fraction.round(6).tolist(),
-        kept_mass=None if mass is None else mass.round(6).tolist(),
+        layer_ids=list(totals.layer_ids),
+        kept_fraction=heads.get("kept_fraction"),
+        kept_mass=heads.get("kept_mass"),
     )
-
-
-def _mean_heads(states: list[Mapping[str, Any]], name: str) -> np.ndarray | None:
-    """[L, HK] over the replicas that have had sparse rows, each weighted by its context."""
-    spoken = [state for state in states if state["heads"][name]]
-    if not spoken:
-        return None
-    weights = [state["budget"]["context_tokens"] for state in spoken]
-    return np.average([state["heads"][name] for state in spoken], axis=0, weights=weights)
