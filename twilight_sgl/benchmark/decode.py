@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ from twilight_sgl.benchmark.servers import (
     pool_tokens,
     running,
     server_flags,
+    terminations_interrupt,
 )
 from twilight_sgl.benchmark.streaming import (
     MeasurementError,
@@ -325,19 +325,15 @@ def _run(args: argparse.Namespace) -> None:
     print(f"wrote {', '.join(str(args.out / name) for name in written)}", file=sys.stderr)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the benchmark.
 
     Returns:
         0; 1 where a server failed; 2 for what cannot be run as asked; 130 after Ctrl-C or SIGTERM.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _run(args)
+        with terminations_interrupt():
+            _run(args)
     except MeasurementError as error:
         print(f"twilight_sgl.benchmark decode: {error}", file=sys.stderr)
         return 1
@@ -347,6 +343,4 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; all servers that were started are ended", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0

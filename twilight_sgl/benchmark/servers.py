@@ -152,6 +152,20 @@ def free_memory(device: str) -> int:
 
 
 @contextlib.contextmanager
+def terminations_interrupt() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C meanwhile, so that servers which were started are ended."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def running(
     flags_by_name: dict[str, tuple[str, ...]],
     logs: Path,
