@@ -131,10 +131,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> Iterator[Server]:
+def running(
+    flags: list[str], log: Path, command: Sequence[str] = LAUNCHER, **variables: str
+) -> Iterator[Server]:
     """Start a server on a free port, and end all its processes afterwards.
 
     It is not ready yet: `Server.wait` is for whoever uses it first, so that two can start at once.
+
+    Args:
+        variables: of the environment, beside this process's.
     """
     port = free_port()
     with log.open("w") as output:
@@ -143,7 +148,7 @@ def running(flags: list[str], log: Path, command: Sequence[str] = LAUNCHER) -> I
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=environment(),
+            env=environment() | variables,
         )
         try:
             yield Server(f"http://127.0.0.1:{port}", log, process)

@@ -90,6 +90,7 @@ def test_a_server_names_its_tokenizer(model: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["nothing"], "no task 'nothing'"),
+        (["perplexity"], "leave it out"),
         (["passkey", "--samples", "0"], "--samples 0"),
         (["vt", "--context", "64"], "--context 64 is too small for vt"),
     ],

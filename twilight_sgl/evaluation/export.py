@@ -17,7 +17,7 @@ from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation import scoring
 from twilight_sgl.evaluation.client import find_server
 from twilight_sgl.evaluation.run import load_tokenizer, parse_contexts
-from twilight_sgl.evaluation.tasks import GROUPS, TASKS, make_sample, parse_tasks
+from twilight_sgl.evaluation.tasks import GROUPS, PERPLEXITY, TASKS, make_sample, parse_tasks
 
 GROUP = "twilight"
 _FUNCTION = "!function"  # of the YAML dialect that lm-eval reads
@@ -93,6 +93,8 @@ def export(args: argparse.Namespace, count_tokens: Callable[[str], int]) -> list
         TwilightError: a task is unknown or does not fit the context.
     """
     tasks = parse_tasks(args.tasks)
+    if PERPLEXITY in tasks:
+        raise TwilightError(f"{PERPLEXITY} asks nothing that lm-eval could: leave it out")
     names = []
     args.out.mkdir(parents=True, exist_ok=True)
     total = len(args.context) * len(tasks) * args.samples

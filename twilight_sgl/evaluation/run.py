@@ -6,10 +6,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from tqdm import tqdm
@@ -126,8 +126,15 @@ def check_options(server: Server, twilight: dict[str, Any] | None) -> None:
         )
 
 
-def load_tokenizer(name: str) -> Callable[[str], list[int]]:
-    """A function that gives a text's token ids, with those that the tokenizer adds.
+class Tokenize(Protocol):
+    """Gives a text's token ids."""
+
+    def __call__(self, text: str, *, special: bool = True) -> list[int]:
+        """With the tokens that the tokenizer adds, or without."""
+
+
+def load_tokenizer(name: str) -> Tokenize:
+    """The tokenizer of that name.
 
     Raises:
         TwilightError: there is no such tokenizer here.
@@ -141,7 +148,11 @@ def load_tokenizer(name: str) -> Callable[[str], list[int]]:
             f"the tokenizer {name} cannot be read here ({error}): pass --tokenizer, the folder of "
             "the served model's"
         ) from error
-    return lambda prompt: tokenizer(prompt, verbose=False).input_ids
+
+    def tokenize(text: str, *, special: bool = True) -> list[int]:
+        return tokenizer(text, verbose=False, add_special_tokens=special).input_ids
+
+    return tokenize
 
 
 class Evaluation:
@@ -158,7 +169,7 @@ class Evaluation:
         server: Server,
         session: aiohttp.ClientSession,
         writer: Writer,
-        tokenize: Callable[[str], list[int]],
+        tokenize: Tokenize,
         prompts: Prompts,
         twilight: dict[str, Any] | None,
         other: Server | None,
@@ -167,7 +178,8 @@ class Evaluation:
         self.args, self.server, self.session, self.writer = args, server, session, writer
         self.tokenize, self.prompts, self.twilight = tokenize, prompts, twilight
         self.other, self.text = other, text
-        self._maker = ThreadPoolExecutor(1)  # makes prompts while the server answers others
+        # Makes prompts while the server answers others; a tokenizer is for one thread at a time.
+        self._maker = ThreadPoolExecutor(1)
 
     async def run(self, tasks: Sequence[str]) -> None:
         """Evaluate what the file does not hold yet."""
@@ -251,12 +263,13 @@ class Evaluation:
                 max_tokens=sample.output_tokens,
                 twilight=None,
             )
-            record["against"] = self._agreement(answer.text, compared.text)
+            record["against"] = await loop.run_in_executor(
+                self._maker, self._agreement, answer.text, compared.text
+            )
         return record
 
     def _agreement(self, output: str, other: str) -> dict[str, Any]:
-        added = len(self.tokenize(""))
-        own_tokens, other_tokens = (self.tokenize(text)[added:] for text in (output, other))
+        own_tokens, other_tokens = (self.tokenize(text, special=False) for text in (output, other))
         return {
             "output": other,
             "identical": output == other,

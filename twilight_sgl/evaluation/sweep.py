@@ -26,7 +26,7 @@ from twilight_sgl.benchmark.streaming import MeasurementError
 from twilight_sgl.embedded_model import EmbeddedModelError, ensure_embedded_model
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation import report, run
-from twilight_sgl.evaluation.tasks import TASKS, parse_tasks
+from twilight_sgl.evaluation.tasks import GROUPS, PERPLEXITY, TASKS, parse_tasks
 
 PROMPTS = "prompts.jsonl"
 STOPPED = 130  # exit status after Ctrl-C
@@ -87,7 +87,9 @@ def parse_methods(value: str) -> list[Method]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help=", ".join(TASKS))
+    known = f"{', '.join(TASKS)}; or {' or '.join(GROUPS)} of them; or {PERPLEXITY} of --text"
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help=known)
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"prose, for {PERPLEXITY}")
     parser.add_argument("--model-path", help="folder of a model; the embedded model by default")
     parser.add_argument(
         "--methods",
@@ -131,6 +133,8 @@ def flags_of(
         extra = ["--twilight-min-step-mb", "0"]
     if method.backend == "quest":
         extra += ["--twilight-selector-budget", f"{method.value:g}"]
+    if args.text is not None:
+        extra.append("--enable-custom-logit-processor")
     return server_flags(
         method.backend,
         model=model,
@@ -160,6 +164,8 @@ def evaluate(method: Method, url: str, args: argparse.Namespace) -> Path:
     given += ["--prompts", str(args.out / PROMPTS)]
     if method.backend == "twilight":
         given += ["--p", f"{method.value:g}"]
+    if args.text is not None:
+        given += ["--text", str(args.text)]
     print(f"{method.name}:", file=sys.stderr)
     status = run.main(parser.parse_args(given))
     if status == STOPPED:
@@ -195,8 +201,8 @@ def _sweep(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     usual = "fa3" if device == "cuda" else "torch_native"
     methods = parse_methods(args.methods or f"{usual},{USUAL_SPARSE}")
-    parse_tasks(args.tasks)  # before servers start
-    run.check_arguments(argparse.Namespace(**vars(args), p=None, twilight="on"))
+    tasks = parse_tasks(args.tasks)  # before servers start
+    run.check_arguments(argparse.Namespace(**vars(args), p=None, twilight="on"), tasks)
     model = args.model_path or str(ensure_embedded_model())
     config = AutoConfig.from_pretrained(model)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
