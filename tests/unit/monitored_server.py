@@ -36,7 +36,10 @@ class MonitoredServer:
                     self.send_error(401)
                     return
                 answers: dict[str, Any] = {
-                    "/server_info": {"served_model_name": "/models/m", "internal_states": outer.states},
+                    "/server_info": {
+                        "served_model_name": "/models/m",
+                        "internal_states": outer.states,
+                    },
                     "/v1/loads": {"loads": outer.loads},
                 }
                 body = json.dumps(answers[self.path.partition("?")[0]]).encode()
