@@ -219,25 +219,25 @@ async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) 
             output_tokens=args.output_tokens,
         )
         ids = await _text_ids(session, server.url, max(TEXT_TOKENS, 4 * sizes.long_tokens))
-        memory = MemoryReader(server.url)
-        if not memory.is_local:
-            record.notes.append("memory is not known: no process of this machine has that port")
-        client = Client(session, server.url, record, memory)
-        refusal = await client.grammar_refusal()
-        if refusal:
-            record.notes.append(f"no constrained requests, which the server refuses: {refusal}")
         about |= {
             "model": Path(server.model).name,
             "kv_tokens": pool_tokens,
             "context_tokens": server.context_tokens,
             "sglang": server.info.get("version"),
-            "gpu_memory_of": memory.gpu_of,
             "prompt_tokens": sizes.long_tokens,
             "output_tokens": sizes.output_tokens,
             "twilight": config,
         }
-        plan = Plan(ids, sizes, args.seed, grammar=not refusal)
+        memory = MemoryReader(server.url)
+        about["gpu_memory_of"] = memory.gpu_of
+        if not memory.is_local:
+            record.notes.append("memory is not known: no process of this machine has that port")
+        client = Client(session, server.url, record, memory)
         try:
+            refusal = await client.grammar_refusal()
+            if refusal:
+                record.notes.append(f"no constrained requests, which the server refuses: {refusal}")
+            plan = Plan(ids, sizes, args.seed, grammar=not refusal)
             await Soak(client, plan, args, config["audit_interval"]).run()
         except MeasurementError as error:
             record.died = str(error)
@@ -245,9 +245,8 @@ async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) 
 
 def _report(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> int:
     """Print and write what was seen so far; the exit status."""
-    if not record.samples:
-        return 0
-    print(f"\n{format_table(record)}")
+    if record.samples:
+        print(f"\n{format_table(record)}")
     problems = list(record.problems(round(args.max_growth_mb * _MIB)))
     if args.json is not None:
         command = shlex.join(["python", "-m", "twilight_sgl.benchmark", *sys.argv[1:]])
@@ -262,7 +261,7 @@ def _report(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> 
         }
         args.json.write_text(json.dumps(values, indent=1) + "\n")
         print(f"wrote {args.json}", file=sys.stderr)
-    if args.plot is not None:
+    if args.plot is not None and record.samples:
         try:
             plot(record, args.plot)
             print(f"wrote {args.plot}", file=sys.stderr)

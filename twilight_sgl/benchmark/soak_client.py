@@ -41,10 +41,12 @@ class Client:
         self.url = url
         self.record = record
         self._memory = memory
-        self._start = time.monotonic()
+        self._start: float | None = None
 
     def seconds(self) -> float:
-        """Since the soak began."""
+        """Since this was first asked."""
+        if self._start is None:
+            self._start = time.monotonic()
         return time.monotonic() - self._start
 
     async def sample(self) -> Sample:
@@ -53,6 +55,7 @@ class Client:
         Raises:
             MeasurementError: it ended or was restarted.
         """
+        self.seconds()
         info = await self._alive(server_info(self.session, self.url))
         memory = await asyncio.to_thread(self._memory.read)
         try:
@@ -75,6 +78,11 @@ class Client:
             meta = await self._read(self._body(turn, [1], uuid.uuid4().hex), Stream())
         except RefusedError as error:
             return str(error)
+        except (aiohttp.ClientError, OSError) as error:
+            raise MeasurementError(
+                f"the server at {self.url} ended a constrained request with {error!r}: see its "
+                "log, or start it with --grammar-backend none"
+            ) from error
         reason = meta.get("finish_reason") or {}
         return reason.get("message") if reason.get("type") == "abort" else None
 

@@ -132,6 +132,8 @@ class Record:
         """What makes the soak fail, in words."""
         if self.died:
             yield self.died
+        if not self.samples:
+            return
         end = self.samples[-1]
         if end.violations:
             yield (
@@ -193,7 +195,7 @@ def format_table(record: Record) -> str:
     facts = [
         f"{end.seconds:.0f} s, {end.decode_steps - first.decode_steps:,} decode steps, "
         f"{end.sparse_rows - first.sparse_rows:,} rows that selected",
-        f"audit: {end.checks - first.checks} audits, {end.violations} violations",
+        f"audit: {end.checks - first.checks:,} audits, {end.violations} violations",
         f"pages: {end.built - first.built:,} built, {end.reused - first.reused:,} reused, "
         f"{unsealed:,} unsealed; the pool has {end.capacity:,}",
         *(

@@ -201,9 +201,12 @@ class Plan:
         return Item("last", chains)
 
     def _text(self, rng: random.Random, tokens: int) -> tuple[int, ...]:
-        first = rng.randrange(max(len(self._ids) - tokens, 1))
+        """A slice of the text; it goes round where the text is short."""
+        first = rng.randrange(len(self._ids))
         text = tuple(self._ids[first : first + tokens])
-        return text * -(-tokens // len(text)) if len(text) < tokens else text
+        while len(text) < tokens:
+            text += tuple(self._ids[: tokens - len(text)])
+        return text
 
     def _long(self, rng: random.Random) -> tuple[int, ...]:
         """A prompt that selects: half of them begin with a topic, in whole pages or not."""
