@@ -18,6 +18,7 @@ class SoakedServer(StreamingServer):
         sealing: whether steps select and build summaries.
         grammar: whether it takes constrained requests.
         events: what to do once so many requests came.
+        dies_at_flush: a flush ends it.
     """
 
     def __init__(
@@ -27,8 +28,10 @@ class SoakedServer(StreamingServer):
         sealing: bool = True,
         grammar: bool = True,
         events: dict[int, Callable[["SoakedServer"], None]] | None = None,
+        dies_at_flush: bool = False,
     ) -> None:
         super().__init__()
+        self.dies_at_flush = dies_at_flush
         self.grammar, self.events = grammar, events or {}
         self.sealing = sealing
         self.config = {"audit_interval": audit_interval, "min_context_tokens": 256}
@@ -87,6 +90,12 @@ class SoakedServer(StreamingServer):
             text = "no grammar backend" if constrained else "the scheduler is confused"
             return web.Response(status=400 if constrained else 500, text=text)
         return await super()._generate(request)
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        self.dead = self.dead or self.dies_at_flush
+        if self.dead and request.transport is not None:
+            request.transport.abort()
+        return await super()._flush(request)
 
     async def _info(self, request: web.Request) -> web.Response:
         if self.dead and request.transport is not None:

@@ -288,12 +288,21 @@ def no_audit(server: SoakedServer) -> None:
             SoakedServer(events={9: SoakedServer.break_, 11: SoakedServer.recover}),
             "2 requests failed:",
         ),
-        (SoakedServer(events={9: SoakedServer.die}), "ended: /server_info"),
+        (SoakedServer(events={9: SoakedServer.die}), "ended ("),
+        (SoakedServer(dies_at_flush=True), "ended ("),
         (SoakedServer(events={60: SoakedServer.restart}), "was restarted"),
         (SoakedServer(events={1: no_audit}), "the last batch was not audited"),
         (SoakedServer(sealing=False), "no page was sealed"),
     ],
-    ids=["violation", "error 500", "dead", "restarted", "no audit", "nothing sealed"],
+    ids=[
+        "violation",
+        "error 500",
+        "dead",
+        "dead at a flush",
+        "restarted",
+        "no audit",
+        "nothing sealed",
+    ],
 )
 def test_what_makes_a_soak_fail(
     server: SoakedServer,

@@ -20,7 +20,7 @@ from twilight_sgl.benchmark.soak_client import Client
 from twilight_sgl.benchmark.soak_figures import Record, format_table, plot
 from twilight_sgl.benchmark.soak_load import Item, Plan, Sizes
 from twilight_sgl.benchmark.soak_memory import MemoryReader
-from twilight_sgl.benchmark.streaming import MeasurementError, flush_cache, open_session
+from twilight_sgl.benchmark.streaming import MeasurementError, open_session
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation.client import Server, find_server
 
@@ -123,6 +123,8 @@ class Soak:
             await asyncio.sleep(self._args.sample_seconds)
             sample = await self.client.sample()
             progress.n = min(round(sample.seconds), progress.total)
+            if self._is_over():
+                progress.set_description("last requests", refresh=False)
             done = sum(tally.outcomes.total() for tally in self.record.tallies.values())
             memory = "" if sample.host_bytes is None else f", {sample.host_bytes / _MIB:,.0f} MB"
             progress.set_postfix_str(
@@ -139,7 +141,7 @@ class Soak:
             )
             number += 1
             if number % 2 == 0:  # else it would hardly ever find the server idle
-                await self._flush_when_idle()
+                await self.client.flush_when_idle()
         await self._finish()
 
     def _is_over(self) -> bool:
@@ -151,13 +153,9 @@ class Soak:
             if self._is_over():
                 return
 
-    async def _flush_when_idle(self) -> None:
-        await flush_cache(self.client.session, self.client.url)
-        self.record.tally("flush").outcomes["completed"] += 1
-
     async def _finish(self) -> None:
         """Fill a clean cache, and see it audited."""
-        await self._flush_when_idle()
+        await self.client.flush_when_idle()
         before = await self.client.sample()
         steps = self._audit_interval + 2
         tokens = min(steps, self._plan.sizes.output_tokens)
@@ -176,8 +174,11 @@ async def _text_ids(session: aiohttp.ClientSession, url: str, tokens: int) -> li
     """About so many token ids of text, or more."""
     text = read_text(None, tokens)[: tokens * _CHARACTERS_PER_TOKEN]
     body = {"prompt": text, "add_special_tokens": False}
-    async with session.post(f"{url}/v1/tokenize", json=body) as response:
-        answer = await response.text()
+    try:
+        async with session.post(f"{url}/v1/tokenize", json=body) as response:
+            answer = await response.text()
+    except (aiohttp.ClientError, OSError) as error:
+        raise TwilightError(f"--url {url}/v1/tokenize does not answer: {error!r}") from error
     try:
         return json.loads(answer)["tokens"]
     except (ValueError, LookupError, TypeError) as error:

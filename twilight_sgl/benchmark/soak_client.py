@@ -17,6 +17,7 @@ from twilight_sgl.benchmark.streaming import (
     MeasurementError,
     RefusedError,
     Stream,
+    flush_cache,
     read_stream,
     server_info,
 )
@@ -42,6 +43,7 @@ class Client:
         self.record = record
         self._memory = memory
         self._start: float | None = None
+        self._sampling = asyncio.Lock()  # counts are compared with those of the sample before
 
     def seconds(self) -> float:
         """Since this was first asked."""
@@ -56,20 +58,46 @@ class Client:
             MeasurementError: it ended or was restarted.
         """
         self.seconds()
-        info = await self._alive(server_info(self.session, self.url))
-        memory = await asyncio.to_thread(self._memory.read)
+        async with self._sampling:
+            info = await self.alive(server_info(self.session, self.url))
+            memory = await asyncio.to_thread(self._memory.read)
+            try:
+                states = [state["twilight"] for state in info["internal_states"]]
+            except (LookupError, TypeError) as error:
+                raise MeasurementError(
+                    f"{self.url}/server_info no longer tells of Twilight: {str(info)[:500]}"
+                ) from error
+            sample = Sample.of(self.seconds(), states, memory)
+            samples = self.record.samples
+            if samples and sample.decode_steps < samples[-1].decode_steps:
+                raise MeasurementError(
+                    f"the server at {self.url} was restarted: its counts went down"
+                )
+            samples.append(sample)
+            return sample
+
+    async def alive(self, answer: Awaitable[Answer]) -> Answer:
+        """What the server answers.
+
+        Raises:
+            MeasurementError: it does not.
+        """
         try:
-            states = [state["twilight"] for state in info["internal_states"]]
-        except (LookupError, TypeError) as error:
+            return await answer
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
             raise MeasurementError(
-                f"{self.url}/server_info no longer tells of Twilight: {str(info)[:500]}"
+                f"the server at {self.url} ended ({error!r}): see its log"
             ) from error
-        sample = Sample.of(self.seconds(), states, memory)
-        samples = self.record.samples
-        if samples and sample.decode_steps < samples[-1].decode_steps:
-            raise MeasurementError(f"the server at {self.url} was restarted: its counts went down")
-        samples.append(sample)
-        return sample
+
+    async def flush_when_idle(self) -> None:
+        """Empty the cache, once no request runs.
+
+        Raises:
+            MeasurementError: requests still run a minute after all were answered or cut, or the
+                server ended.
+        """
+        await self.alive(flush_cache(self.session, self.url))
+        self.record.tally("flush").outcomes["completed"] += 1
 
     async def grammar_refusal(self) -> str | None:
         """Why the server takes no constrained requests, None if it does."""
@@ -105,14 +133,6 @@ class Client:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _alive(self, answer: Awaitable[Answer]) -> Answer:
-        try:
-            return await answer
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            raise MeasurementError(
-                f"the server at {self.url} ended: /server_info: {error!r}; see its log"
-            ) from error
 
     async def _flush(self) -> None:
         """Ask for a flush now, which SGLang refuses while requests run."""
