@@ -39,6 +39,7 @@ class StreamingServer:
         self.flushes = 0
         self.running: set[str] = set()
         self.aborted: set[str] = set()
+        self.hung_up: set[str] = set()
         self.context = 0
         self.url = ""
         self._loop = asyncio.new_event_loop()
@@ -59,13 +60,19 @@ class StreamingServer:
         wrong = self.wrong_from is not None and place >= self.wrong_from
         return sum(prompt[:4]) + place + wrong
 
+    def routes(self) -> list[web.RouteDef]:
+        """What it answers."""
+        return [
+            web.post("/generate", self._generate),
+            web.post("/abort_request", self._abort),
+            web.post("/flush_cache", self._flush),
+            web.get("/server_info", self._info),
+        ]
+
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
         app = web.Application(client_max_size=1 << 24)
-        app.router.add_post("/generate", self._generate)
-        app.router.add_post("/abort_request", self._abort)
-        app.router.add_post("/flush_cache", self._flush)
-        app.router.add_get("/server_info", self._info)
+        app.router.add_routes(self.routes())
         runner = web.AppRunner(app)
         self._loop.run_until_complete(runner.setup())
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -90,8 +97,17 @@ class StreamingServer:
         if self.refusal:
             await self._send(response, {"error": {"message": self.refusal}})
             return response
+        self.running.add(body["rid"])
+        try:
+            await self._stream(response, body)
+        except ConnectionResetError:  # the client hung up
+            self.hung_up.add(body["rid"])
+        finally:
+            self.running.remove(body["rid"])
+        return response
+
+    async def _stream(self, response: web.StreamResponse, body: dict[str, Any]) -> None:
         rid, sampling = body["rid"], body["sampling_params"]
-        self.running.add(rid)
         most, interval = sampling["max_new_tokens"], sampling["stream_interval"]
         ids: list[int] = []
         sent = 0
@@ -99,7 +115,11 @@ class StreamingServer:
             ended = place == most or rid in self.aborted
             if ended or (ids and (len(ids) - 1) % interval == 0 and len(ids) > sent):
                 reason = {"type": "abort" if rid in self.aborted else "length"} if ended else None
-                meta = {"completion_tokens": len(ids), "finish_reason": reason}
+                meta = {
+                    "prompt_tokens": len(body["input_ids"]),
+                    "completion_tokens": len(ids),
+                    "finish_reason": reason,
+                }
                 shown = ids[sent:] if self.incremental else ids
                 await self._send(response, {"output_ids": shown, "meta_info": meta})
                 sent = len(ids)
@@ -108,9 +128,7 @@ class StreamingServer:
                 break
             ids.append(self.answer(body["input_ids"], place))
             self.context += len(body["input_ids"]) * 40
-        self.running.remove(rid)
         await response.write(b"data: [DONE]\n\n")
-        return response
 
     async def _send(self, response: web.StreamResponse, message: dict[str, Any]) -> None:
         await response.write(b"data: " + json.dumps(message).encode() + b"\n\n")

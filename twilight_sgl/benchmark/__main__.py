@@ -7,9 +7,10 @@ import sys
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m twilight_sgl.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    from twilight_sgl.benchmark import decode, kernels, record
+    from twilight_sgl.benchmark import decode, kernels, record, soak
 
-    for name, module in {"kernels": kernels, "decode": decode, "record": record}.items():
+    modules = {"kernels": kernels, "decode": decode, "record": record, "soak": soak}
+    for name, module in modules.items():
         command = commands.add_parser(name, help=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(main=module.main)

@@ -1,10 +1,11 @@
 """Streams from a server's `/generate`: when tokens came, and which."""
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,18 @@ _FLUSH_SECONDS = 60
 
 class MeasurementError(TwilightError):
     """A server ended or answered what cannot be measured."""
+
+
+class RefusedError(MeasurementError):
+    """A server refused a request.
+
+    Attributes:
+        status: of HTTP; of a stream that ends in an error, the one it would have had.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass
@@ -57,13 +70,49 @@ class Stream:
             self.chunks.append((now, count))
 
 
-def open_session() -> aiohttp.ClientSession:
-    """A session without a limit on requests at a time."""
+def open_session(*, keep_alive: bool = True) -> aiohttp.ClientSession:
+    """A session without a limit on requests at a time.
+
+    Args:
+        keep_alive: connections serve several requests. A server that closes idle ones may do so
+            just when a request is sent, which then fails.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=not keep_alive),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_SECONDS),
         read_bufsize=_LINE_BYTES,
     )
+
+
+async def read_stream(
+    session: aiohttp.ClientSession, url: str, body: str
+) -> AsyncGenerator[tuple[float, dict[str, Any]], None]:
+    """Send a streaming request to `/generate`; yield (seconds of the client's clock, chunk).
+
+    Closing the generator early closes the connection.
+
+    Args:
+        body: the request as JSON.
+    Raises:
+        RefusedError: the server refused the request.
+    """
+    headers = {"Content-Type": "application/json"}
+    async with session.post(f"{url}/generate", data=body, headers=headers) as response:
+        if response.status != 200:
+            text = await response.text()
+            raise RefusedError(
+                f"{url}/generate answered {response.status}: {text}", response.status
+            )
+        async for line in response.content:
+            now = time.perf_counter()
+            if not line.startswith(b"data: {"):
+                continue
+            answer = json.loads(line[len(b"data: ") :])
+            if "error" in answer:
+                error = answer["error"]
+                message = f"{url}/generate: {error.get('message')}"
+                raise RefusedError(message, error.get("code") or 400)
+            yield now, answer
 
 
 async def generate(
@@ -113,19 +162,10 @@ async def generate(
 
     async def read(stream: Stream, body: str) -> None:
         stream.sent_s = time.perf_counter()
-        headers = {"Content-Type": "application/json"}
-        async with session.post(f"{url}/generate", data=body, headers=headers) as response:
-            if response.status != 200:
-                raise MeasurementError(
-                    f"{url}/generate answered {response.status}: {await response.text()}"
-                )
-            async for line in response.content:
-                now = time.perf_counter()
-                if done.is_set() or not line.startswith(b"data: {"):
+        async with contextlib.aclosing(read_stream(session, url, body)) as answers:
+            async for now, answer in answers:
+                if done.is_set():
                     continue
-                answer = json.loads(line[len(b"data: ") :])
-                if "error" in answer:
-                    raise MeasurementError(f"{url}/generate: {answer['error'].get('message')}")
                 reason = answer["meta_info"].get("finish_reason") or {}
                 if reason.get("type") == "abort":
                     raise MeasurementError(f"{url}/generate aborted: {reason.get('message')}")

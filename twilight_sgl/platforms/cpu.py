@@ -1,10 +1,14 @@
 """A CPU platform for SGLang that needs no compiled kernels."""
 
+import os
+import shutil
 from typing import Any
 
 from sglang.srt.platforms import interface
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
+
+from twilight_sgl.errors import TwilightError
 
 ATTENTION_BACKEND = "torch_native"
 MAX_TOTAL_TOKENS = 65536
@@ -22,7 +26,11 @@ class TorchCpuPlatform(CpuDeviceMixin, interface.SRTPlatform):
 
         Its attention default needs compiled kernels; its KV cache would take nearly all of the
         machine's memory; its idle loop would spin on a core; and bfloat16 products are many
-        times slower than float32 ones on processors without bfloat16 units.
+        times slower than float32 ones on processors without bfloat16 units. Its grammars need a
+        GPU: the first constrained request would end the server.
+
+        Raises:
+            TwilightError: such grammars are asked for.
         """
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION_BACKEND
@@ -30,6 +38,16 @@ class TorchCpuPlatform(CpuDeviceMixin, interface.SRTPlatform):
             server_args.max_total_tokens = MAX_TOTAL_TOKENS
         if server_args.dtype == "auto":
             server_args.dtype = "float32"
+        if server_args.grammar_backend == "xgrammar":
+            raise TwilightError(
+                "--grammar-backend xgrammar needs a GPU in this SGLang: leave it out, or pass "
+                "llguidance"
+            )
+        if server_args.grammar_backend is None:
+            # llguidance masks logits in what PyTorch compiles with a C++ compiler; `none` refuses
+            # constrained requests.
+            compiler = shutil.which(os.environ.get("CXX", "g++"))
+            server_args.grammar_backend = "llguidance" if compiler else "none"
         server_args.sleep_on_idle = True
 
     def get_device(self, device_id: int = 0) -> str:

@@ -1,0 +1,391 @@
+"""The soak: its load, its figures, and runs against a server that breaks when told to."""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from soaked_server import POOL_TOKENS, SoakedServer
+
+from twilight_sgl.benchmark import __main__ as command
+from twilight_sgl.benchmark import soak_memory
+from twilight_sgl.benchmark.soak_figures import Record, Sample, format_table, plot
+from twilight_sgl.benchmark.soak_load import ROUND, Item, Plan, Sizes
+from twilight_sgl.benchmark.soak_memory import Memory, MemoryReader
+from twilight_sgl.errors import TwilightError
+
+MIB = 1 << 20
+SIZES = Sizes(
+    pool_tokens=6144, page_tokens=16, long_tokens=1536, output_tokens=96, sparse_tokens=256
+)
+TEXT = list(range(100_000))
+
+
+def soak(monkeypatch: pytest.MonkeyPatch, url: str, *flags: object, minutes: float = 0.02) -> int:
+    argv = ["benchmark", "soak", "--url", url, "--minutes", minutes, "--sample-seconds", 0.1]
+    monkeypatch.setattr(sys, "argv", list(map(str, [*argv, *flags])))
+    return command.main()
+
+
+# The load
+
+
+def test_the_same_seed_gives_the_same_load() -> None:
+    one, again, other = (Plan(TEXT, SIZES, seed) for seed in (1, 1, 2))
+    for number in range(3):
+        assert one.round(number) == again.round(number) != other.round(number)
+    assert one.round(0) != one.round(1)
+    assert one.last(8) == again.last(8)
+
+
+def test_each_round_holds_every_kind() -> None:
+    plan = Plan(TEXT, SIZES, 0)
+    assert Counter(item.kind for item in plan.round(0)) == ROUND
+    without = Plan(TEXT, SIZES, 0, grammar=False)
+    assert not any(turn.grammar for item in without.round(0) for turn in turns(item))
+
+
+def turns(item: Item) -> list[Any]:
+    return [turn for chain in item.chains for turn in chain]
+
+
+@pytest.mark.parametrize(
+    ("pool", "context", "given"),
+    [(6144, 8192, None), (6144, 8192, 300), (2_000_000, 32768, None), (2_000_000, 131072, 100_000)],
+)
+def test_prompts_and_answers_fit_the_server(pool: int, context: int, given: int | None) -> None:
+    config = {"min_context_tokens": 256, "page_size": 16}
+    sizes = Sizes.fit(pool, context, config, prompt_tokens=given, output_tokens=None)
+    plan = Plan(TEXT, sizes, 0)
+    items = [item for number in range(5) for item in plan.round(number)]
+    for item in [*items, plan.last(18)]:
+        for chain in item.chains:
+            asked = sum(len(turn.token_ids) + turn.max_tokens for turn in chain)
+            assert 0 < asked < min(context, pool // 2)
+            assert all(turn.min_tokens <= turn.max_tokens for turn in chain)
+    for item in items:
+        if item.kind in {"own p", "dense", "hang up", "abort", "cold"}:
+            assert all(len(turn.token_ids) >= 256 for turn in turns(item))
+        if item.kind == "burst":
+            asked = sum(len(turn.token_ids) + turn.min_tokens for turn in turns(item))
+            assert pool < asked < 2 * pool
+    assert sum(len(turn.token_ids) for turn in turns(plan.last(18))) < pool
+
+
+def test_branches_share_a_topic_and_then_differ() -> None:
+    plan = Plan(TEXT, SIZES, 0)
+    topics = set()
+    for item in (item for number in range(4) for item in plan.round(number)):
+        if item.kind != "conversation":
+            continue
+        firsts = [chain[0].token_ids for chain in item.chains]
+        assert len({first[:768] for first in firsts}) == 1
+        assert len({first[768] for first in firsts}) == len(firsts) >= 2
+        topics.add(firsts[0][:768])
+    assert len(topics) == 3
+
+
+def test_options_of_requests() -> None:
+    plan = Plan(TEXT, SIZES, 0)
+    items = {item.kind: turns(item) for number in range(3) for item in plan.round(number)}
+    (own,), (dense,), (constrained,) = items["own p"], items["dense"], items["grammar"]
+    assert 0 < own.sampling()["custom_params"]["twilight"]["p"] <= 1
+    assert dense.sampling()["custom_params"] == {"twilight": {"enabled": False}}
+    assert {"regex", "json_schema"} & set(constrained.sampling())
+    assert "custom_params" not in items["cold"][0].sampling()
+    assert items["hang up"][0].cut.hangs_up
+    assert not items["abort"][0].cut.hangs_up
+
+
+def test_a_short_text_goes_round() -> None:
+    items = Plan(list(range(100)), SIZES, 0).round(0)
+    ids = next(item.chains[0][0].token_ids for item in items if item.kind == "cold")
+    assert ids == tuple((ids[0] + n) % 100 for n in range(SIZES.long_tokens))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "complaint"),
+    [
+        (3000, 100, "--prompt-tokens 3000 and --output-tokens 100 do not fit.*3072"),
+        (200, None, "--prompt-tokens 200 is too short.*--twilight-min-context-tokens"),
+    ],
+)
+def test_sizes_that_do_not_fit(prompt: int, output: int | None, complaint: str) -> None:
+    config = {"min_context_tokens": 256, "page_size": 16}
+    with pytest.raises(TwilightError, match=complaint):
+        Sizes.fit(6144, 8192, config, prompt_tokens=prompt, output_tokens=output)
+
+
+# Figures
+
+
+def sample(seconds: float, mib: int | None = 100, **others: Any) -> Sample:
+    counts = dict.fromkeys(
+        ("checks", "violations", "capacity", "sealed", "built", "reused", "decode_steps"), 0
+    )
+    host = None if mib is None else mib * MIB
+    values: dict[str, Any] = {"sparse_rows": 0, "host_bytes": host, "gpu_bytes": None, **counts}
+    return Sample(seconds, **(values | others))
+
+
+def test_growth_is_from_one_fifth_of_the_run_on() -> None:
+    record = Record(100)
+    record.samples = [sample(0, 100), sample(19, 500), sample(21, 510), sample(60, 900)]
+    record.samples.append(sample(110, 530))
+    assert record.growth("host_bytes") == (510 * MIB, 530 * MIB)
+    assert record.growth("gpu_bytes") is None
+    assert list(record.problems(20 * MIB)) == []
+    (problem,) = record.problems(19 * MIB)
+    assert problem.startswith("host memory grew by 20 MB from one fifth of the run on")
+    record.samples = [replace(each, host_bytes=None, gpu_bytes=3) for each in record.samples]
+    record.samples.append(sample(111, None, gpu_bytes=3 + 20 * MIB))
+    (problem,) = record.problems(19 * MIB)
+    assert problem.startswith("GPU memory grew by 20 MB")
+
+
+def test_problems_that_only_a_finished_soak_has() -> None:
+    record = Record(100, samples=[sample(0), sample(110)])
+    assert not list(record.problems(MIB))
+    record.finished = True
+    (problem,) = record.problems(MIB)
+    assert "no page was sealed" in problem
+    record.samples.append(sample(111, built=3))
+    assert not list(record.problems(MIB))
+
+
+def test_many_failures_are_counted_and_few_shown() -> None:
+    record = Record(1, samples=[sample(0)], failures=[f"request {n}" for n in range(9)])
+    (problem,) = record.problems(MIB)
+    assert problem.startswith("9 requests failed:\n  request 0")
+    assert problem.endswith("request 4\n  ... and 4 more")
+
+
+def test_table() -> None:
+    record = Record(100)
+    record.samples = [
+        sample(0, built=5, sealed=5, reused=1, capacity=9),
+        sample(100, 130, built=25, sealed=7, reused=4, capacity=9, checks=6),
+    ]
+    tally = record.tally("cold")
+    tally.outcomes.update({"completed": 2, "failed": 1})
+    tally.prompt_tokens, tally.retractions, tally.latencies_s = 1234, 3, [1.0, 1.0]
+    head, rule, cold, *facts = format_table(record).splitlines()
+    assert head.count("|") == rule.count("|") == cold.count("|")
+    assert cold.startswith("| cold | 2 |  |  |  | 1 | 1,234 | 0 | 0 | 3 | 1.00 | 1.00 |")
+    assert "audit: 6 audits, 0 violations" in facts
+    assert "pages: 20 built, 3 reused, 18 unsealed; the pool has 9" in facts
+    assert "gpu memory: not known" in "\n".join(facts).lower()
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    record = Record(100, samples=[sample(0), sample(50, None), sample(100)])
+    plot(record, tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Memory
+
+
+def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
+    script = folder / "nvidia-smi"
+    script.write_text(
+        f"#!/bin/sh\ncase $1 in *compute-apps*) echo '{pid}, 700'; echo '1, [N/A]';; "
+        "*) echo 3000; echo 4000;; esac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_memory_is_that_of_the_listening_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr(soak_memory.shutil, "which", lambda name: None)
+        plain = MemoryReader(url)
+        monkeypatch.undo()
+        assert plain.is_local
+        assert plain.gpu_of is None
+        assert (plain.read().host_bytes or 0) > 20 * MIB
+        fake_nvidia_smi(tmp_path, monkeypatch, os.getpid())
+        reader = MemoryReader(url)
+        assert (reader.gpu_of, reader.read().gpu_bytes) == ("processes", 700 * MIB)
+        fake_nvidia_smi(tmp_path, monkeypatch, 1 << 22)
+        reader = MemoryReader(url)
+        assert (reader.gpu_of, reader.read().gpu_bytes) == ("devices", 7000 * MIB)
+    assert not MemoryReader(url).is_local
+
+
+def test_memory_of_another_machine_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, os.getpid())
+    reader = MemoryReader("http://192.0.2.1:80")
+    assert not reader.is_local
+    assert reader.read() == Memory(None, None)
+
+
+# Runs
+
+
+def test_a_clean_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SoakedServer() as server:
+        status = soak(monkeypatch, server.url, "--json", tmp_path / "soak.json", minutes=0.05)
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    saved = json.loads((tmp_path / "soak.json").read_text())
+    assert saved["finished"]
+    assert saved["problems"] == saved["failures"] == []
+    assert (saved["model"], saved["kv_tokens"]) == ("m", POOL_TOKENS)
+    outcomes = {kind: requests["outcomes"] for kind, requests in saved["requests"].items()}
+    assert set(outcomes) == {*ROUND, "last"}
+    for kind in set(ROUND) - {"hang up", "abort", "flush"}:
+        assert outcomes[kind]["completed"] >= ROUND[kind]
+    assert outcomes["hang up"]["hung up"]
+    assert outcomes["abort"]["aborted"]
+    assert outcomes["flush"]["completed"] == server.flushes >= 1
+    assert server.hung_up
+    assert len(server.aborted) >= outcomes["abort"]["aborted"]
+    assert len(saved["samples"]) > 5
+    times = [each["seconds"] for each in saved["samples"]]
+    assert times == sorted(times)
+    assert saved["requests"]["last"]["latency_ms"]["samples"] == outcomes["last"]["completed"]
+    assert saved["requests"]["cold"]["prompt_tokens"] == 1024 * outcomes["cold"]["completed"]
+    assert "| conversation |" in out
+    audits = saved["samples"][-1]["checks"] - saved["samples"][0]["checks"]
+    assert f"audit: {audits} audits, 0 violations" in out
+
+
+def test_grammar_is_left_out_where_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SoakedServer(grammar=False) as server:
+        assert soak(monkeypatch, server.url) == 0
+    assert "no constrained requests, which the server refuses" in capsys.readouterr().out
+    constrained = [b for b in server.requests if "regex" in b["sampling_params"]]
+    assert len(constrained) == 1
+
+
+def no_audit(server: SoakedServer) -> None:
+    server.audits = False
+
+
+@pytest.mark.parametrize(
+    ("server", "complaint"),
+    [
+        (SoakedServer(events={9: SoakedServer.violate}), "1 violations of the seal invariant"),
+        (
+            SoakedServer(events={9: SoakedServer.break_, 11: SoakedServer.recover}),
+            "2 requests failed:",
+        ),
+        (SoakedServer(events={9: SoakedServer.die}), "ended ("),
+        (SoakedServer(dies_at_flush=True), "ended ("),
+        (SoakedServer(events={60: SoakedServer.restart}), "was restarted"),
+        (SoakedServer(events={1: no_audit}), "the last batch was not audited"),
+        (SoakedServer(sealing=False), "no page was sealed"),
+    ],
+    ids=[
+        "violation",
+        "error 500",
+        "dead",
+        "dead at a flush",
+        "restarted",
+        "no audit",
+        "nothing sealed",
+    ],
+)
+def test_what_makes_a_soak_fail(
+    server: SoakedServer,
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with server:
+        status = soak(monkeypatch, server.url)
+    out, err = capsys.readouterr()
+    assert status == 1
+    assert complaint in err
+    assert "| requests |" in out
+    if complaint.startswith("2 "):
+        assert "answered 500: the scheduler is confused" in err
+
+
+def test_a_server_that_constrained_requests_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SoakedServer(events={1: SoakedServer.die}) as server:
+        assert soak(monkeypatch, server.url) == 1
+    out, err = capsys.readouterr()
+    assert "ended a constrained request" in err
+    assert "--grammar-backend none" in err
+    assert not out
+
+
+def test_growing_memory_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reads = iter(range(10**6))
+    monkeypatch.setattr(MemoryReader, "read", lambda self: Memory(next(reads) * 10 * MIB, None))
+    with SoakedServer() as server:
+        assert soak(monkeypatch, server.url, "--max-growth-mb", 19) == 1
+    assert "host memory grew by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("server", "flags", "complaint"),
+    [
+        (SoakedServer(audit_interval=0), [], "has no audit.*--twilight-audit-interval 16"),
+        (SoakedServer(), ["--prompt-tokens", "4k"], "--prompt-tokens 4096 .*do not fit"),
+    ],
+    ids=["no audit", "long prompts"],
+)
+def test_what_cannot_run_is_refused_with_the_flag(
+    server: SoakedServer,
+    flags: list[str],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with server:
+        assert soak(monkeypatch, server.url, *flags) == 2
+    assert re.search(complaint, capsys.readouterr().err)
+    assert not server.requests
+
+
+def test_servers_without_twilight_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dense(SoakedServer):
+        async def _info(self, request: Any) -> Any:
+            self.info = {"max_total_num_tokens": POOL_TOKENS, "internal_states": [{}]}
+            return await super(SoakedServer, self)._info(request)
+
+    with Dense() as server:
+        assert soak(monkeypatch, server.url) == 2
+    assert "does not decode with Twilight" in capsys.readouterr().err
+    assert soak(monkeypatch, "http://127.0.0.1:9") == 2
+    assert "--url" in capsys.readouterr().err
+
+
+def test_interrupt_prints_the_table_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SoakedServer(events={30: lambda _: os.kill(os.getpid(), signal.SIGINT)}) as server:
+        status = soak(monkeypatch, server.url, "--json", tmp_path / "soak.json", minutes=10)
+    out, err = capsys.readouterr()
+    assert status == 130
+    assert "interrupted" in err
+    assert "| requests |" in out
+    saved = json.loads((tmp_path / "soak.json").read_text())
+    assert not saved["finished"]
+    assert sum(sum(kind["outcomes"].values()) for kind in saved["requests"].values()) > 5
