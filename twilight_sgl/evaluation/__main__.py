@@ -1,12 +1,12 @@
-"""`python -m twilight_sgl.evaluation TASK...`, `... report RUN...` and `... export TASK...`."""
+"""`python -m twilight_sgl.evaluation TASK...`, `... sweep`, `report` and `export`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from twilight_sgl.evaluation import export, report, run
+from twilight_sgl.evaluation import export, report, run, sweep
 
-COMMANDS = {"report": report, "export": export}
+COMMANDS = {"report": report, "export": export, "sweep": sweep}
 PROG = "python -m twilight_sgl.evaluation"
 
 
@@ -21,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=PROG,
         description=run.__doc__,
-        epilog=f"{PROG} report RUN... --out DIR puts runs side by side; "
-        f"{PROG} export TASK... --out DIR writes tasks for lm-eval.",
+        epilog=f"{PROG} sweep TASK... --out DIR starts servers and compares methods; "
+        "report RUN... --out DIR puts runs side by side; export TASK... --out DIR writes tasks for "
+        "lm-eval.",
     )
     run.add_arguments(parser)
     return run.main(parser.parse_args(given))
