@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from twilight_sgl.benchmark.decode_figures import twilight_state
 from twilight_sgl.benchmark.prompts import read_text
 from twilight_sgl.benchmark.record import parse_tokens
+from twilight_sgl.benchmark.servers import terminations_interrupt
 from twilight_sgl.benchmark.soak_client import Client
 from twilight_sgl.benchmark.soak_figures import Record, format_table, plot
 from twilight_sgl.benchmark.soak_load import Item, Plan, Sizes
@@ -23,6 +22,7 @@ from twilight_sgl.benchmark.soak_memory import MemoryReader
 from twilight_sgl.benchmark.streaming import MeasurementError, open_session
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation.client import Server, find_server
+from twilight_sgl.telemetry.totals import twilight_states
 
 TEXT_TOKENS = 1 << 16  # at least, of which prompts are slices
 _CHARACTERS_PER_TOKEN = 5
@@ -194,17 +194,18 @@ def check_server(server: Server) -> dict[str, Any]:
     Raises:
         TwilightError: it decodes otherwise, or has no audit.
     """
-    state = twilight_state(server.info)
-    if state is None:
+    states = twilight_states(server.info)
+    if not states:
         raise TwilightError(
             f"--url {server.url} does not decode with Twilight: start it with "
             "python -m twilight_sgl.launch_server --twilight-audit-interval 16"
         )
-    if state["config"]["audit_interval"] < 1:
+    config: dict[str, Any] = states[0]["config"]
+    if config["audit_interval"] < 1:
         raise TwilightError(
             f"--url {server.url} has no audit: start it with --twilight-audit-interval 16"
         )
-    return state["config"]
+    return config
 
 
 async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> None:
@@ -273,10 +274,6 @@ def _report(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> 
     return 1 if problems else 0
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(args: argparse.Namespace) -> int:
     """Run the soak.
 
@@ -286,10 +283,10 @@ def main(args: argparse.Namespace) -> int:
     """
     record = Record(args.minutes * 60)
     about: dict[str, Any] = {}
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        asyncio.run(_run(args, record, about))
-        return _report(args, record, about)
+        with terminations_interrupt():
+            asyncio.run(_run(args, record, about))
+            return _report(args, record, about)
     except TwilightError as error:
         print(f"twilight_sgl.benchmark soak: error: {error}", file=sys.stderr)
         return 2
@@ -297,5 +294,3 @@ def main(args: argparse.Namespace) -> int:
         print("interrupted; its requests are ended", file=sys.stderr)
         _report(args, record, about)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
