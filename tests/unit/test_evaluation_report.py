@@ -197,3 +197,25 @@ def test_files_that_are_none_or_hold_nothing_are_refused(
     empty = write(tmp_path / "empty.json", SETTINGS, {})
     assert main(["report", empty, "--out", str(tmp_path)]) == 1
     assert "empty.json holds no sample" in capsys.readouterr().err
+
+
+def test_differences_are_between_the_same_samples(tmp_path: Path) -> None:
+    dense = write(tmp_path / "dense", SETTINGS, {("vt", 4096): [1.0, 1.0, 0.5, 0.0, 1.0]})
+    sparse = write(tmp_path / "sparse", SPARSE, {("vt", 4096): [1.0, 0.0, 0.5, 0.0]})
+    for path, settings, nlls in (
+        (dense, SETTINGS, [2.0, 3.0]),
+        (sparse, SPARSE, [2.1, 3.1, 9.0]),  # the last window is of this run alone
+    ):
+        with Writer(Path(path), settings) as writer:
+            for index, nll in enumerate(nlls):
+                about = {"task": "perplexity", "context": 4096, "seed": 0, "index": index}
+                about |= {"prompt_sha256": str(index), "scored_tokens": 128}
+                writer.add_sample({**about, "nll": nll})
+    assert main(["report", dense, sparse, "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "accuracy.md").read_text()
+    assert "| context | figure | samples | twilight p=0.9 |" in text
+    assert cells(text, "## Difference from fa3") == {
+        "score, points": ["4", "-25.0"],
+        "perplexity, ratio": ["2", f"{np.exp(0.1):.3f}"],
+    }
+    assert "| -25.0 (-75.0 to +0.0) |" in text

@@ -12,6 +12,7 @@ from twilight_sgl.evaluation.records import TEXT, Key, Run, read_run
 from twilight_sgl.evaluation.tables import (
     agreement_table,
     budget_table,
+    difference_table,
     perplexity_table,
     score_table,
     scored_keys,
@@ -123,6 +124,8 @@ def format_report(runs: dict[str, Run], pictures: Collection[str]) -> str:
         ]
     if perplexity := perplexity_table(runs):
         parts += ["## Perplexity", perplexity]
+    if dense is not None and len(runs) > 1:
+        parts += [f"## Difference from {dense}", difference_table(runs, dense)]
     if agreement := agreement_table(runs):
         parts += ["## Agreement with a second server", agreement]
     parts += ["## Budgets", budget_table(runs)]

@@ -52,8 +52,7 @@ def mean(scores: Sequence[float]) -> Mean:
     """The mean of at least one score, with its 95 % confidence interval.
 
     Wilson's score interval (JASA 22, 1927) where every score is 0 or 1, so that an interval has a
-    width where all samples pass; else the percentile bootstrap (Efron, 1979), always with the same
-    resamples.
+    width where all samples pass; else `bootstrap_mean`.
     """
     values = np.asarray(scores, dtype=np.float64)
     average, count = float(values.mean()), len(values)
@@ -62,6 +61,16 @@ def mean(scores: Sequence[float]) -> Mean:
         middle = (average + _Z**2 / (2 * count)) / scale
         half = _Z * math.sqrt(average * (1 - average) / count + (_Z / (2 * count)) ** 2) / scale
         return Mean(average, min(middle - half, average), max(middle + half, average), count)
+    return bootstrap_mean(scores)
+
+
+def bootstrap_mean(figures: Sequence[float]) -> Mean:
+    """The mean of at least one figure, with its 95 % confidence interval.
+
+    By the percentile bootstrap (Efron, 1979), always with the same resamples.
+    """
+    values = np.asarray(figures, dtype=np.float64)
+    average, count = float(values.mean()), len(values)
     rng = np.random.default_rng(0)
     means = [float(rng.choice(values, count).mean()) for _ in range(_RESAMPLES)]
     low, high = (float(point) for point in np.percentile(means, _PERCENTILES))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from twilight_sgl.evaluation import budgets
 from twilight_sgl.evaluation.records import Key, Run
-from twilight_sgl.evaluation.scoring import mean
+from twilight_sgl.evaluation.scoring import bootstrap_mean, mean
 from twilight_sgl.evaluation.tasks import PERPLEXITY, TASKS
 
 
@@ -35,6 +35,41 @@ def _row(runs: Mapping[str, Run], keys: Sequence[Key], context: int, name: str) 
             f"{100 * got.value:.1f} ({100 * got.low:.1f} to {100 * got.high:.1f})" if got else "-"
         )
     return [str(context), name, samples, *cells]
+
+
+def difference_table(runs: Mapping[str, Run], dense: str) -> str:
+    """What each method's samples differ by from the same samples of the dense run."""
+    others = {method: run for method, run in runs.items() if method != dense}
+    lines = [["context", "figure", "samples", *others]]
+    for context in contexts_of(runs[dense].samples):
+        for figure in ("score", "nll"):
+            groups = [_differences(run, runs[dense], context, figure) for run in others.values()]
+            if any(groups):
+                name = "score, points" if figure == "score" else "perplexity, ratio"
+                samples = _same([str(len(group)) for group in groups])
+                lines.append([str(context), name, samples, *(_change(g, figure) for g in groups)])
+    return (
+        f"{_markdown(lines)}\n\nSample by sample (95 % interval by bootstrap over samples), so "
+        "what the model cannot do either way, or finds easy, adds no noise."
+    )
+
+
+def _differences(run: Run, dense: Run, context: int, figure: str) -> list[float]:
+    return [
+        sample[figure] - dense.samples[key][figure]
+        for key, sample in sorted(run.samples.items())
+        if key[1] == context and figure in sample and key in dense.samples
+    ]
+
+
+def _change(differences: Sequence[float], figure: str) -> str:
+    if not differences:
+        return "-"
+    got = bootstrap_mean(differences)
+    if figure == "nll":
+        value, low, high = (math.exp(each) for each in (got.value, got.low, got.high))
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
+    return f"{100 * got.value:+.1f} ({100 * got.low:+.1f} to {100 * got.high:+.1f})"
 
 
 def budget_table(runs: Mapping[str, Run]) -> str:
