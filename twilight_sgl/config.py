@@ -43,6 +43,9 @@ class TwilightConfig:
     selector_budget: float = _knob(
         0.25, "candidates (B0): a fraction of the context if at most 1, else tokens"
     )
+    min_candidate_tokens: int = _knob(
+        2048, "a fraction of the context comes to at least so many candidates; 0: to itself"
+    )
     estimator: str = _knob(
         "int4", "keys that candidates are weighed with: INT4 summaries or the exact KV cache"
     )
@@ -103,6 +106,7 @@ class TwilightConfig:
         for name in (
             "sink_tokens",
             "recent_tokens",
+            "min_candidate_tokens",
             "min_context_tokens",
             "min_step_mb",
             "audit_interval",

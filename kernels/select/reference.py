@@ -3,18 +3,22 @@
 import torch
 
 
-def budget_pages(num_pages: torch.Tensor, budget: float, page_size: int) -> torch.Tensor:
+def budget_pages(
+    num_pages: torch.Tensor, budget: float, page_size: int, least_tokens: int = 0
+) -> torch.Tensor:
     """Pages that a selector may name for requests of `num_pages` pages.
 
     Args:
         num_pages: [B] integer, pages of each request.
         budget: at most 1: a fraction of the context; above: tokens.
         page_size: PS, tokens.
+        least_tokens: that a fraction comes to, where the context has as many.
     Returns:
         [B] int64, between 1 and num_pages where num_pages is not 0.
     """
     if budget <= 1:
         pages = torch.ceil(num_pages.double() * budget).long()
+        pages = pages.clamp(min=-(-least_tokens // page_size))
     else:
         pages = torch.full_like(num_pages, -(-int(budget) // page_size), dtype=torch.long)
     return torch.minimum(pages.clamp(min=1), num_pages.long())
@@ -50,6 +54,7 @@ def select_pages(
     budget: float,
     sink_tokens: int,
     recent_tokens: int,
+    least_tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pick each KV head's best pages.
 
@@ -60,7 +65,7 @@ def select_pages(
         scores: [B, HK, T] float32, larger is better; read for full pages only.
         seq_lens: [B] tokens, the one being decoded included; 0 for no request.
         sparse: [B] bool; a row that is not sparse gets all of its pages.
-        budget: see `budget_pages`.
+        budget, least_tokens: see `budget_pages`.
     Returns:
         positions: [B, HK, C] int32 logical pages in ascending order, -1 behind the last.
         counts: [B, HK] int32 candidate pages.
@@ -68,7 +73,8 @@ def select_pages(
     num_columns = scores.shape[-1]
     num_pages = (seq_lens.long() + page_size - 1) // page_size
     forced = forced_pages(seq_lens, num_columns, page_size, sink_tokens, recent_tokens)
-    counts = torch.maximum(budget_pages(num_pages, budget, page_size), forced.sum(1))
+    budgets = budget_pages(num_pages, budget, page_size, least_tokens)
+    counts = torch.maximum(budgets, forced.sum(1))
     counts = torch.where(sparse, counts, num_pages)  # [B]
 
     exists = torch.arange(num_columns, device=scores.device) < num_pages.unsqueeze(1)

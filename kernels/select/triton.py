@@ -11,16 +11,24 @@ from twilight_sgl.kernels.select.reference import budget_pages
 _LARGEST = tl.constexpr(1e38)
 
 
-def budget_table(columns: int, budget: float, page_size: int, device: torch.device) -> torch.Tensor:
+def budget_table(
+    columns: int, budget: float, page_size: int, least_tokens: int, device: torch.device
+) -> torch.Tensor:
     """[T + 1] int32: pages that a request of n pages may name, for n up to T = columns."""
-    return budget_pages(torch.arange(columns + 1), budget, page_size).int().to(device)
+    pages = torch.arange(columns + 1)
+    return budget_pages(pages, budget, page_size, least_tokens).int().to(device)
 
 
 def max_candidate_pages(
-    columns: int, budget: float, page_size: int, sink_tokens: int, recent_tokens: int
+    columns: int,
+    budget: float,
+    page_size: int,
+    least_tokens: int,
+    sink_tokens: int,
+    recent_tokens: int,
 ) -> int:
     """The most candidate pages that a sparse row of up to `columns` pages can get."""
-    pages = budget_pages(torch.tensor([columns]), budget, page_size)
+    pages = budget_pages(torch.tensor([columns]), budget, page_size, least_tokens)
     forced = -(-sink_tokens // page_size) + -(-max(recent_tokens, 1) // page_size) + 1
     return min(columns, max(int(pages), forced))
 

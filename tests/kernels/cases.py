@@ -48,11 +48,17 @@ class Case:
     sink_logits: float | None = None
     q_scale: float = 1.0
     prune: bool = True
+    min_candidate_tokens: int = 0
 
     @property
     def selection(self) -> Selection:
         return Selection(
-            self.page_size, self.budget, self.sink_tokens, self.recent_tokens, self.estimator
+            self.page_size,
+            self.budget,
+            self.sink_tokens,
+            self.recent_tokens,
+            self.estimator,
+            min_candidate_tokens=self.min_candidate_tokens,
         )
 
 
@@ -189,6 +195,7 @@ def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:
         budget=case.budget,
         sink_tokens=case.sink_tokens,
         recent_tokens=case.recent_tokens,
+        least_tokens=case.min_candidate_tokens,
     )
     got = chosen_positions(decode, drawn)[..., : expected.shape[-1]]
     assert torch.equal(got, expected)

@@ -33,7 +33,8 @@ class Served:
         shape = (max(LAYERS) + 1, NUM_PAGES * PS, HEADS_KV, DIM)
         keys, values = (torch.randn(shape, generator=rng).to(DEVICE, DTYPE) for _ in range(2))
         pool = SimpleNamespace(get_key_buffer=keys.__getitem__, get_value_buffer=values.__getitem__)
-        given = {"min_context_tokens": 0, "recent_tokens": 16, "bounds": "keys", "p": 0.8}
+        given = {"min_context_tokens": 0, "min_candidate_tokens": 0, "recent_tokens": 16}
+        given |= {"bounds": "keys", "p": 0.8}
         self.runtime = TritonRuntime(
             TwilightConfig(**(given | settings)),
             pool,

@@ -62,6 +62,7 @@ CASES = [
     Case("p-above-1", (140,), p=1.5),
     Case("p-each", (140, 90, 120), p=(0.3, 1.0, 0.99)),
     Case("budget-tokens", (140,), budget=40),
+    Case("budget-of-least-tokens", (300, 90, 33), budget=0.1, min_candidate_tokens=100),
     Case("budget-one-page", (140,), budget=0.001, sink_tokens=0, recent_tokens=0),
     Case("budget-all", (140, 33), budget=1.0),
     Case("forced-exceed-budget", (200,), budget=16, sink_tokens=40, recent_tokens=70),

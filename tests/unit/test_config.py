@@ -16,6 +16,7 @@ FIELDS = [knob.name for knob in dataclasses.fields(TwilightConfig)]
 OTHER_VALUES = {
     "p": 0.5,
     "selector_budget": 1024.0,
+    "min_candidate_tokens": 0,
     "estimator": "exact",
     "pruner": "none",
     "bounds": "keys",
@@ -57,6 +58,7 @@ WRONG = [
     ("sink_tokens", 1.5),
     ("recent_tokens", "a few"),
     ("recent_tokens", False),
+    ("min_candidate_tokens", -1),
     ("min_context_tokens", -2048),
     ("min_context_tokens", [1]),
     ("page_size", 8),

@@ -138,6 +138,22 @@ def test_budget_is_a_rounded_up_fraction_or_tokens(
 
 
 @pytest.mark.parametrize(
+    ("pages", "budget", "expected"),
+    [
+        (0, 0.25, 0),
+        (3, 0.25, 3),  # all of a context that has no more
+        (8, 0.25, 4),
+        (16, 0.25, 4),
+        (17, 0.25, 5),
+        (100, 32.0, 2),  # a number of tokens is meant as it is
+    ],
+)
+def test_a_fraction_comes_to_at_least_some_tokens(pages: int, budget: float, expected: int) -> None:
+    least = 4 * PS - 1  # whole pages
+    assert budget_pages(torch.tensor([pages]), budget, PS, least).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
     ("length", "sink", "recent", "expected"),
     [
         (0, 4, 64, []),

@@ -33,7 +33,8 @@ class Server:
         pool = SimpleNamespace(
             get_key_buffer=self.keys.__getitem__, get_value_buffer=self.values.__getitem__
         )
-        values = {"p": P_OF_SERVER, "min_context_tokens": 0, "recent_tokens": 1, "sink_tokens": 1}
+        values = {"p": P_OF_SERVER, "min_context_tokens": 0, "min_candidate_tokens": 0}
+        values |= {"recent_tokens": 1, "sink_tokens": 1}
         self.runtime = TwilightRuntime(TwilightConfig(**(values | settings)), pool, LAYERS, 5)
         self.table = torch.full((5, MAX_TOKENS), 10 * PS, dtype=torch.int32)  # stale slots
         for slot, pages in PAGES.items():

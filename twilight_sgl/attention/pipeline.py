@@ -58,6 +58,7 @@ def decode_reference(
         budget=selection.budget,
         sink_tokens=selection.sink_tokens,
         recent_tokens=selection.recent_tokens,
+        least_tokens=selection.min_candidate_tokens,
     )
     token_slots, token_positions = candidate_tokens(
         plan.page_ids, positions, plan.seq_lens, selection.page_size

@@ -17,6 +17,7 @@ class Selection:
         estimator: `int4` or `exact`.
         pruner: `top_p`, or `none` to attend to every candidate.
         selector: a name from `twilight_sgl.attention.selectors`.
+        min_candidate_tokens: B0 that a fraction comes to at least.
     """
 
     page_size: int
@@ -26,6 +27,7 @@ class Selection:
     estimator: str = "int4"
     pruner: str = "top_p"
     selector: str = "quest"
+    min_candidate_tokens: int = 0
 
 
 @dataclass(frozen=True)

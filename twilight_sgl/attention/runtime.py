@@ -70,6 +70,7 @@ class TwilightRuntime:
             estimator=config.estimator,
             pruner=config.pruner,
             selector=config.selector,
+            min_candidate_tokens=config.min_candidate_tokens,
         )
         self._kv_pool = kv_pool
         keys = kv_pool.get_key_buffer(layer_ids[0])

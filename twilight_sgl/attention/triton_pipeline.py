@@ -134,6 +134,7 @@ class TritonDecode:
             self.columns,
             selection.budget,
             page_size,
+            selection.min_candidate_tokens,
             selection.sink_tokens,
             selection.recent_tokens,
         )
@@ -148,7 +149,9 @@ class TritonDecode:
         self.counts = empty(*pairs, dtype=torch.int32)
         self.candidate_tokens = empty(*pairs, dtype=torch.int32)
         self.kept_tokens = empty(*pairs, dtype=torch.int32)
-        self.budgets = budget_table(self.columns, selection.budget, page_size, device)
+        self.budgets = budget_table(
+            self.columns, selection.budget, page_size, selection.min_candidate_tokens, device
+        )
         self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
         self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
         self.masses = torch.ones((max_batch, heads_q), device=device)

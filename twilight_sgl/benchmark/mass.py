@@ -40,6 +40,7 @@ def kept_mass(
         budget=selection.budget,
         sink_tokens=selection.sink_tokens,
         recent_tokens=selection.recent_tokens,
+        least_tokens=selection.min_candidate_tokens,
     )
     codes = None if selection.estimator == "exact" else cache.codes
     scale_zero = None if selection.estimator == "exact" else cache.scale_zero
