@@ -6,7 +6,7 @@ import triton.language as tl
 from twilight_sgl.kernels.attend.parts import attend_span, store_group, store_partial
 from twilight_sgl.kernels.estimate.triton import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
-from twilight_sgl.kernels.page_score.triton import bound_pages, split_by_sign
+from twilight_sgl.kernels.page_score.triton import score_pages, split_query
 from twilight_sgl.kernels.select.triton import choose_pages, zero_group
 from twilight_sgl.kernels.top_p.triton import find_thresholds, keep_any
 
@@ -111,6 +111,7 @@ def decode_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     EXACT: tl.constexpr,
+    SLACK: tl.constexpr,
     SCORE: tl.constexpr,
     COMPUTE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -188,16 +189,18 @@ def decode_kernel(
                     D_PAD,
                 )
 
-        positive, negative = split_by_sign(q_group_ptr, stride_q_head, SCORE, G, G_PAD, D, D_PAD)
+        of_maxima, of_minima = split_query(
+            q_group_ptr, stride_q_head, SLACK, SCORE, G, G_PAD, D, D_PAD
+        )
         full_pages = (length - 1) // PS
         step = parts * SCORE_PAGES
         for start in tl.range(part * SCORE_PAGES, full_pages, step, num_stages=SCORE_STAGES):
             column = start + tl.arange(0, SCORE_PAGES)
             inside = column < full_pages
             page = tl.load(row_page_ids_ptr + column, inside, other=0)
-            bound = bound_pages(
-                positive,
-                negative,
+            score = score_pages(
+                of_maxima,
+                of_minima,
                 min_max_ptr,
                 page,
                 inside,
@@ -209,7 +212,7 @@ def decode_kernel(
                 D,
                 D_PAD,
             )
-            tl.store(pair_scores_ptr + column, bound, inside)
+            tl.store(pair_scores_ptr + column, score, inside)
         _meet(arrivals_ptr, parts, parts)
 
         chosen, count = choose_pages(

@@ -82,6 +82,7 @@ def decode_layer(
     sink_tokens: int,
     recent_tokens: int,
     steps: int,
+    slack: float,
     sm_scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -97,7 +98,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
-        sinks: as for `attend`.
+        slack: as for `page_scores`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -155,6 +156,7 @@ def decode_layer(
         HAS_CAP=logit_cap != 0,
         HAS_SINKS=sinks is not None,
         EXACT=codes is None,
+        SLACK=slack,
         SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),
         STEPS=steps,

@@ -1,4 +1,4 @@
-"""Quest page bounds in Triton."""
+"""Page scores by the box of a page's keys, in Triton."""
 
 import torch
 import triton
@@ -15,28 +15,33 @@ from twilight_sgl.kernels.launch import (
 
 
 @triton.jit
-def split_by_sign(
+def split_query(
     q_ptr,
     stride_head,
+    SLACK: tl.constexpr,
     COMPUTE: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """A group's queries as their positive and negative parts, [G_PAD, D_PAD] each."""
+    """What of a group's queries meets maxima and what minima, [G_PAD, D_PAD] each.
+
+    With a SLACK of 1 these are the positive and the negative part.
+    """
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, D_PAD)
     inside = (head[:, None] < G) & (channel[None, :] < D)
     q = tl.load(q_ptr + head[:, None] * stride_head + channel[None, :], inside, other=0.0)
     q = q.to(tl.float32)
-    return tl.maximum(q, 0.0).to(COMPUTE), tl.minimum(q, 0.0).to(COMPUTE)
+    reach = SLACK * tl.abs(q)
+    return ((q + reach) * 0.5).to(COMPUTE), ((q - reach) * 0.5).to(COMPUTE)
 
 
 @triton.jit
-def bound_pages(
-    positive,
-    negative,
+def score_pages(
+    of_maxima,
+    of_minima,
     min_max_ptr,
     page,
     inside,
@@ -48,17 +53,17 @@ def bound_pages(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """[BLOCK] float32 bounds of a group's products with the keys of [BLOCK] pages."""
+    """[BLOCK] float32: a group's largest products with the boxes of [BLOCK] pages."""
     channel = tl.arange(0, D_PAD)
     base = (page.to(tl.int64) * HK + head_kv) * (2 * D)
     bounds_ptr = min_max_ptr + base[:, None] + channel[None, :]
     bounds_inside = inside[:, None] & (channel[None, :] < D)
     low = tl.load(bounds_ptr, bounds_inside, other=0.0).to(COMPUTE)  # [BLOCK, D_PAD]
     high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
-    bound = tl.dot(positive, tl.trans(high), input_precision="ieee")
-    bound = tl.dot(negative, tl.trans(low), bound, input_precision="ieee")  # [G_PAD, BLOCK]
+    score = tl.dot(of_maxima, tl.trans(high), input_precision="ieee")
+    score = tl.dot(of_minima, tl.trans(low), score, input_precision="ieee")  # [G_PAD, BLOCK]
     head = tl.arange(0, G_PAD)
-    return tl.max(tl.where(head[:, None] < G, bound, -float("inf")), 0)
+    return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
 
 @triton.jit
@@ -74,6 +79,7 @@ def _page_score_kernel(
     stride_q_row,
     stride_q_head,
     stride_page_ids,
+    SLACK: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
@@ -100,18 +106,19 @@ def _page_score_kernel(
         inside = position < row_pages
         row64 = row.to(tl.int64)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, inside, other=0)
-        positive, negative = split_by_sign(
+        of_maxima, of_minima = split_query(
             q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
             stride_q_head,
+            SLACK,
             COMPUTE,
             G,
             G_PAD,
             D,
             D_PAD,
         )
-        bound = bound_pages(
-            positive,
-            negative,
+        score = score_pages(
+            of_maxima,
+            of_minima,
             min_max_ptr,
             page,
             inside,
@@ -124,7 +131,7 @@ def _page_score_kernel(
             D_PAD,
         )
         out = scores_ptr + (row64 * HK + head_kv) * stride_scores + position
-        tl.store(out, bound, inside)
+        tl.store(out, score, inside)
 
 
 def _tiling(pages: int, item_bytes: int) -> tuple[int, int, int, int]:
@@ -154,8 +161,9 @@ def page_scores(
     scores: torch.Tensor,
     *,
     page_size: int,
+    slack: float = 1.0,
 ) -> None:
-    """Upper bound of q . k over each full page of sparse rows (Quest, arXiv 2406.10774, eq. 2).
+    """What `reference.page_scores` says of each full page of sparse rows.
 
     Args:
         q: [B, HQ, D], last dimension contiguous.
@@ -164,6 +172,7 @@ def page_scores(
         scores: [B, HK, T] float32, written for the pages before the one that holds the newest
             token; the rest keeps what it held.
         page_size: PS, tokens.
+        slack: see `reference.page_scores`; compiled in.
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
@@ -182,6 +191,7 @@ def page_scores(
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),
+        SLACK=slack,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,
         G=heads_q // heads_kv,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from twilight_sgl.attention import selectors
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
-from twilight_sgl.kernels.page_score.reference import page_scores
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.select.reference import select_pages
 from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, kept_mass, top_p_mask
@@ -49,6 +49,7 @@ class Case:
     q_scale: float = 1.0
     prune: bool = True
     min_candidate_tokens: int = 0
+    selector: str = "quest"
 
     @property
     def selection(self) -> Selection:
@@ -58,6 +59,7 @@ class Case:
             self.sink_tokens,
             self.recent_tokens,
             self.estimator,
+            selector=self.selector,
             min_candidate_tokens=self.min_candidate_tokens,
         )
 
@@ -182,7 +184,7 @@ def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:
     scores = decode.scores[:batch, :, :columns]
     full = torch.arange(columns, device=scores.device) < ((plan.seq_lens - 1) // size).unsqueeze(1)
     scored = (full & plan.sparse.unsqueeze(1)).unsqueeze(1)
-    reference = page_scores(drawn.q, drawn.cache.min_max, plan.page_ids)
+    reference = selectors.get(case.selector)(drawn.q, drawn.cache, plan.page_ids)
     if scored.any():
         wanted = torch.where(scored, reference, 0.0)
         error = (torch.where(scored, scores, 0.0) - wanted).abs().max()

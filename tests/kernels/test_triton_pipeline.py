@@ -63,6 +63,8 @@ CASES = [
     Case("p-each", (140, 90, 120), p=(0.3, 1.0, 0.99)),
     Case("budget-tokens", (140,), budget=40),
     Case("budget-of-least-tokens", (300, 90, 33), budget=0.1, min_candidate_tokens=100),
+    Case("half-bound", (300, 90, 17), 6, 2, 80, selector="half_bound"),
+    Case("half-bound-fp8", (140, 17), selector="half_bound", bounds_dtype=torch.float8_e4m3fn),
     Case("budget-one-page", (140,), budget=0.001, sink_tokens=0, recent_tokens=0),
     Case("budget-all", (140, 33), budget=1.0),
     Case("forced-exceed-budget", (200,), budget=16, sink_tokens=40, recent_tokens=70),

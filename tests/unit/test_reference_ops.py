@@ -104,6 +104,16 @@ def test_page_score_bounds_every_token_for_every_head(seed: int, dtype: torch.dt
     )
 
 
+def test_slack_lies_between_the_middle_of_a_page_and_its_bound() -> None:
+    keys, q = random(0, 4, PS, 2, 8), random(1, 1, 2, 8)  # a query head a KV head
+    min_max, page_ids = summarize(keys)[0], torch.arange(4).unsqueeze(0)
+    middle, half, bound = (page_scores(q, min_max, page_ids, slack) for slack in (0.0, 0.5, 1.0))
+    expected = torch.einsum("bhd,phd->bhp", q, min_max.mean(2))
+    torch.testing.assert_close(middle, expected)
+    torch.testing.assert_close(half, (middle + bound) / 2)
+    assert (bound > half).all() and (half > middle).all()
+
+
 def test_min_max_of_a_page_by_head_and_channel() -> None:
     keys = random(0, 3, PS, 2, 4)
     min_max = summarize(keys)[0]

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 _SELECTORS: dict[str, str | Callable[..., Any]] = {
-    "quest": "twilight_sgl.attention.selectors.quest:score",
+    "quest": "twilight_sgl.attention.selectors.boxes:quest",
+    "half_bound": "twilight_sgl.attention.selectors.boxes:half_bound",
 }
 
 
