@@ -31,13 +31,13 @@ class Server:
         self.log = log
         self._process = process
 
-    def wait(self) -> "Server":
+    def wait(self, seconds: float = START_SECONDS) -> "Server":
         """Wait until the server generates.
 
         Raises:
             RuntimeError: it ended or took too long; with the end of its log.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.url}/health_generate", timeout=30):

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
-from client import Server, free_port, prose, running
+from client import START_SECONDS, Server, free_port, prose, running
 from test_telemetry import expected, wait_for
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]
@@ -30,7 +30,7 @@ TENSOR_PARALLEL = {"SGLANG_CPU_OMP_THREADS_BIND": CORES, "SGLANG_NCCL_SO_PATH": 
 @contextlib.contextmanager
 def served(tmp_path: Path, *flags: str, **variables: str) -> Iterator[Server]:
     with running([*USUAL, *flags], tmp_path / "server.log", **variables) as server:
-        yield server.wait()
+        yield server.wait(2 * START_SECONDS)
 
 
 @contextlib.contextmanager
