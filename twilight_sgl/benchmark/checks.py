@@ -72,6 +72,7 @@ def check(
         **dataclasses.asdict(shape),
         "p": plan.p[0].item(),
         "sparse": bool(plan.sparse[0]),
+        "selector": selection.selector,
         "budget": selection.budget,
         "estimator": selection.estimator,
         "bounds": str(layers.caches[0].min_max.dtype).removeprefix("torch."),

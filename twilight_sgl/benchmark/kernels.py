@@ -11,6 +11,7 @@ import torch
 
 from twilight_sgl.attention.pipeline import decode_reference
 from twilight_sgl.attention.plan import DecodePlan, Selection
+from twilight_sgl.attention.selectors.boxes import SLACK
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.benchmark.baselines import BASELINES
 from twilight_sgl.benchmark.checks import MAX_ERROR, check, first_row, relative_error
@@ -230,6 +231,7 @@ def _print(result: dict[str, object], bandwidth: float) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
     parser.add_argument("--p", type=float, default=0.95)
+    parser.add_argument("--selector", choices=sorted(SLACK), default="quest")
     parser.add_argument(
         "--budget", type=float, default=0.25, help="B0, as --twilight-selector-budget"
     )
@@ -259,7 +261,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _selection(args: argparse.Namespace) -> Selection:
     return Selection(
-        PAGE_SIZE, args.budget, args.sink_tokens, args.recent_tokens, estimator=args.estimator
+        PAGE_SIZE,
+        args.budget,
+        args.sink_tokens,
+        args.recent_tokens,
+        estimator=args.estimator,
+        selector=args.selector,
     )
 
 

@@ -66,6 +66,7 @@ def quality(
                     "context": shape.context,
                     "estimator": selection.estimator,
                     "bounds": bounds,
+                    "selector": selection.selector,
                     "budget": budget,
                     "p": p,
                     **figures,
