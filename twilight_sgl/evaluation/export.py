@@ -16,7 +16,7 @@ from twilight_sgl.benchmark.streaming import open_session
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation import scoring
 from twilight_sgl.evaluation.client import find_server
-from twilight_sgl.evaluation.run import load_tokenizer, parse_contexts
+from twilight_sgl.evaluation.run import add_sample_arguments, load_tokenizer
 from twilight_sgl.evaluation.tasks import GROUPS, PERPLEXITY, TASKS, make_sample, parse_tasks
 
 GROUP = "twilight"
@@ -34,15 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--tokenizer", help="path or name; prompts are sized by it")
     source.add_argument("--url", help="a server that says which tokenizer it has")
-    parser.add_argument(
-        "--context",
-        type=parse_contexts,
-        default="4k",
-        metavar="TOKENS,...",
-        help="prompt and output together (default: %(default)s)",
-    )
-    parser.add_argument("--samples", type=int, default=50, help="of each task and context")
-    parser.add_argument("--seed", type=int, default=0)
+    add_sample_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 

@@ -40,6 +40,21 @@ def parse_contexts(value: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(parse_tokens(part.strip()) for part in value.split(",")))
 
 
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say which samples of a task there are."""
+    parser.add_argument(
+        "--context",
+        type=parse_contexts,
+        default="4k",
+        metavar="TOKENS,...",
+        help="prompt and output together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=50, help="of each task and context (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "tasks",
@@ -54,17 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="a second server, e.g. a dense one, whose greedy outputs are compared with",
     )
-    parser.add_argument(
-        "--context",
-        type=parse_contexts,
-        default="4k",
-        metavar="TOKENS,...",
-        help="prompt and output together (default: %(default)s)",
-    )
-    parser.add_argument("--samples", type=int, default=50, help="of each task and context")
-    parser.add_argument("--seed", type=int, default=0)
+    add_sample_arguments(parser)
     parser.add_argument("--json", type=Path, required=True, help="results; gone on with if there")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    parser.add_argument(
+        "--concurrency", type=int, default=8, help="requests at a time (default: %(default)s)"
+    )
     parser.add_argument("--p", type=float, help="of every request; by default the server's")
     parser.add_argument(
         "--twilight", choices=["on", "off"], default="on", help="off: every request is dense"

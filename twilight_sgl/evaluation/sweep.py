@@ -96,16 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="comma-separated: a backend of SGLang's, which is dense, quest:B0 or twilight:P "
         f"(default: fa3, on a CPU torch_native, and {USUAL_SPARSE})",
     )
+    run.add_sample_arguments(parser)
     parser.add_argument(
-        "--context",
-        type=run.parse_contexts,
-        default="4k",
-        metavar="TOKENS,...",
-        help="prompt and output together (default: %(default)s)",
+        "--concurrency", type=int, default=8, help="requests at a time (default: %(default)s)"
     )
-    parser.add_argument("--samples", type=int, default=50, help="of each task and context")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
     parser.add_argument(
         "--server-args", default="", help="flags for every server that is started, as one string"
     )
