@@ -110,6 +110,7 @@ def test_servers_differ_in_what_decodes(
         assert value(name, "--attention-backend") == "torch_native"  # prefill as the dense one
         assert value(name, "--twilight-pruner") == pruner
         assert value(name, "--twilight-min-step-mb") == "0"
+        assert value(name, "--twilight-min-context-tokens") == "0"
     assert value("quest-600", "--twilight-selector-budget") == "600"
     assert "--twilight-selector-budget" not in flags["twilight"]
     assert all(each[-2:] == ("--dtype", "half") for each in flags.values())

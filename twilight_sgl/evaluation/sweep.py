@@ -116,7 +116,7 @@ def flags_of(
     device: str,
     tokens: int,
 ) -> tuple[str, ...]:
-    """Flags of a method's server: small steps select too, or budgets would not be its own.
+    """Flags of a method's server: whatever the load, its steps select.
 
     Args:
         dense: backend that prefills for Twilight and Quest.
@@ -124,7 +124,7 @@ def flags_of(
     """
     extra = []
     if method.backend in OURS:
-        extra = ["--twilight-min-step-mb", "0"]
+        extra = ["--twilight-min-step-mb", "0", "--twilight-min-context-tokens", "0"]
     if method.backend == "quest":
         extra += ["--twilight-selector-budget", f"{method.value:g}"]
     if args.text is not None:
