@@ -79,7 +79,7 @@ def test_a_flood_and_a_reader_that_never_reads_disturb_nothing(server: Server) -
             reader.subscribe(b"")
             if not reads_later:
                 reader.close(0)
-        prompts = [prose(300, start=500000 + 10 * n) for n in range(39)] + [prose(2600)]
+        prompts = [prose(300, start=320000 + 10 * n) for n in range(39)] + [prose(2600)]
         answers = server.generate_all(prompts, 3)
     finally:
         context.destroy(linger=0)
