@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import transformers
 import yaml
 from evaluation_server import EvaluationServer, solve
@@ -15,17 +14,7 @@ from evaluation_server import EvaluationServer, solve
 from twilight_sgl.evaluation.__main__ import main
 from twilight_sgl.evaluation.tasks import make_sample
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tokenizer whose tokens are words."""
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    folder = tmp_path_factory.mktemp("model")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?").save_pretrained(
-        folder
-    )
-    return str(folder)
+pytest_plugins = "evaluation_client"
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

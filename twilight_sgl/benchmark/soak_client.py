@@ -21,6 +21,7 @@ from twilight_sgl.benchmark.streaming import (
     read_stream,
     server_info,
 )
+from twilight_sgl.telemetry.totals import twilight_states
 
 EARLY_SECONDS = 0.3  # until a cut that waits for no token
 STREAM_INTERVAL = 16  # tokens a chunk of requests that are not cut
@@ -61,12 +62,11 @@ class Client:
         async with self._sampling:
             info = await self.alive(server_info(self.session, self.url))
             memory = await asyncio.to_thread(self._memory.read)
-            try:
-                states = [state["twilight"] for state in info["internal_states"]]
-            except (LookupError, TypeError) as error:
+            states = twilight_states(info)
+            if not states:
                 raise MeasurementError(
                     f"{self.url}/server_info no longer tells of Twilight: {str(info)[:500]}"
-                ) from error
+                )
             sample = Sample.of(self.seconds(), states, memory)
             samples = self.record.samples
             if samples and sample.decode_steps < samples[-1].decode_steps:
