@@ -107,47 +107,43 @@ def merge_partials(
     stride_out_head,
     LOG2E: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     G: tl.constexpr,
     G_ROWS: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
 ):
-    """Combine `splits` <= SPLITS partial results from `first` on, always in the same order."""
-    split = tl.arange(0, SPLITS)
+    """Combine a group's partial results of programs `first` to `first + splits - 1`, in order.
+
+    Program n's partial results are number 2 * n of a list that an earlier program began, and
+    number 2 * n + 1 of one that it began itself.
+    """
     head = tl.arange(0, G_ROWS)
-    stats_ptr = partial_stats_ptr + (first + split)[:, None] * (2 * G_ROWS) + head[None, :]
-    there = (split < splits)[:, None] & (head < G)[None, :]
-    most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")  # [SPLITS, G_ROWS]
-    sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
-    top = tl.max(most, 0)
-    if HAS_SINKS:
-        sinks = _sink_logits(sinks_ptr, LOG2E, G, G_ROWS, HAS_SINKS)
-        top = tl.maximum(top, sinks)
-    top = tl.where(head < G, top, 0.0)
-    total = tl.sum(tl.exp2(most - top[None, :]) * sums, 0)
-    if HAS_SINKS:
-        total += tl.exp2(sinks - top)
     channel = tl.arange(0, DV_PAD)
+    top = _sink_logits(sinks_ptr, LOG2E, G, G_ROWS, HAS_SINKS)
+    total = tl.where(top > -float("inf"), 1.0, 0.0)
     out = tl.zeros([G_ROWS, DV_PAD], tl.float32)
     for start in range(0, splits, SPLIT_BLOCK):
-        part = start + tl.arange(0, SPLIT_BLOCK)
-        part_stats = partial_stats_ptr + (first + part)[:, None] * (2 * G_ROWS)
-        part_there = (part < splits)[:, None] & (head < G)[None, :]
-        weight = tl.load(
-            part_stats + head[None, :], part_there, other=-float("inf"), cache_modifier=".cg"
-        )
-        weight = tl.exp2(weight - top[None, :])  # [SPLIT_BLOCK, G_ROWS]
-        values_ptr = partial_ptr + (first + part)[:, None, None] * (G_ROWS * DV_PAD)
-        values_ptr += head[None, :, None] * DV_PAD + channel[None, None, :]
+        split = start + tl.arange(0, SPLIT_BLOCK)
+        number = (first + split) * 2 + (split == 0).to(tl.int32)
+        there = (split < splits)[:, None] & (head < G)[None, :]  # [SPLIT_BLOCK, G_ROWS]
+        stats_ptr = partial_stats_ptr + number[:, None] * (2 * G_ROWS) + head[None, :]
+        most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")
+        sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
+        values_ptr = partial_ptr + number[:, None, None] * (G_ROWS * DV_PAD)
         values = tl.load(
-            values_ptr,
-            part_there[:, :, None] & (channel[None, None, :] < DV),
+            values_ptr + head[None, :, None] * DV_PAD + channel[None, None, :],
+            there[:, :, None] & (channel[None, None, :] < DV),
             other=0.0,
             cache_modifier=".cg",
         )
-        out += tl.sum(values * weight[:, :, None], 0)
+        new_top = tl.maximum(top, tl.max(most, 0))
+        new_top = tl.where(head < G, new_top, 0.0)
+        decay = tl.exp2(top - new_top)
+        weight = tl.exp2(most - new_top[None, :])
+        total = total * decay + tl.sum(weight * sums, 0)
+        out = out * decay[:, None] + tl.sum(values * weight[:, :, None], 0)
+        top = new_top
     out = out / tl.where(total > 0, total, 1.0)[:, None]
     inside = (head[:, None] < G) & (channel[None, :] < DV)
     out_offset = head[:, None] * stride_out_head + channel[None, :]

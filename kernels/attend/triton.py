@@ -1,9 +1,10 @@
 """Exact attention over kept tokens in Triton.
 
 Every (request, KV head) has a number of tokens and a way to find their slots: a packed list after
-pruning, candidate pages without it, the page table for rows that are not sparse. The tokens of all
-are cut into slices of about equal size and dealt to a fixed grid; the last slice of a (request, KV
-head) to finish merges the partial results.
+pruning, candidate pages without it, the page table for rows that are not sparse. The tokens of all,
+one after another, are cut into as many equal parts as there are programs. So a program attends to
+the end of one list, some whole ones, and the beginning of another; whoever is last to finish with a
+list that several have a part of merges their partial results.
 """
 
 import torch
@@ -25,12 +26,7 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 
-
-@triton.jit
-def _slice_tokens(tokens, ITEM: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    """Tokens of one slice: ITEM, or more where that would give over SPLITS slices."""
-    least = (tokens + SPLITS - 1) // SPLITS
-    return tl.maximum((least + TILE - 1) // TILE * TILE, ITEM)
+_MOST_PROGRAMS = 8  # an SM
 
 
 @triton.jit
@@ -75,34 +71,35 @@ def _attend_kernel(
     DV_PAD: tl.constexpr,
     PS: tl.constexpr,
     PAIRS_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
-    ITEM: tl.constexpr,
+    LEAST: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
     every = tl.arange(0, PAIRS_PAD)
-    all_tokens = tl.load(kept_tokens_ptr + every, every < pairs, other=0)
-    slices = _slice_tokens(all_tokens, ITEM, SPLITS, TILE)
-    slices = (all_tokens + slices - 1) // slices
-    ends = tl.cumsum(slices, 0)
-    for item in range(tl.program_id(0), tl.sum(slices, 0), tl.num_programs(0)):
-        before = ends <= item
+    ends = tl.cumsum(tl.load(kept_tokens_ptr + every, every < pairs, other=0), 0)
+    total = tl.max(ends, 0)
+    share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
+    share = tl.maximum((share + TILE - 1) // TILE * TILE, LEAST)
+    program = tl.program_id(0)
+    token = program * share
+    last = tl.minimum(token + share, total)
+    while token < last:
+        before = ends <= token
         pair = tl.sum(before.to(tl.int32), 0)
-        split = item - tl.sum(tl.where(before, slices, 0), 0)
+        first = tl.max(tl.where(before, ends, 0), 0)
         row64 = (pair // HK).to(tl.int64)
         head_kv = pair % HK
         tokens = tl.load(kept_tokens_ptr + pair)
-        by_token = LISTS_TOKENS & (tl.load(sparse_ptr + row64) != 0)
-        per_slice = _slice_tokens(tokens, ITEM, SPLITS, TILE)
-        splits = (tokens + per_slice - 1) // per_slice
-        start = split * per_slice
-        end = tl.minimum(start + per_slice, tokens)
-        pair = pair.to(tl.int64)
-        list_ptr = lists_ptr + pair * stride_list
-        if tl.load(sparse_ptr + row64) == 0:
+        is_sparse = tl.load(sparse_ptr + row64) != 0
+        by_token = LISTS_TOKENS & is_sparse
+        start = token - first
+        end = tl.minimum(tokens, last - first)
+        token = first + end
+        list_ptr = lists_ptr + pair.to(tl.int64) * stride_list
+        if not is_sparse:
             list_ptr = page_ids_ptr + row64 * stride_page_ids
         most, sums, acc = attend_span(
             q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
@@ -132,7 +129,7 @@ def _attend_kernel(
         )
         out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
         group_sinks_ptr = sinks_ptr + head_kv * G
-        if splits == 1:
+        if (start == 0) & (end == tokens):
             store_group(
                 out_group_ptr,
                 group_sinks_ptr,
@@ -151,7 +148,7 @@ def _attend_kernel(
             store_partial(
                 partial_ptr,
                 partial_stats_ptr,
-                pair * SPLITS + split,
+                program * 2 + (start == 0).to(tl.int32),
                 most,
                 sums,
                 acc,
@@ -161,6 +158,8 @@ def _attend_kernel(
                 DV,
                 DV_PAD,
             )
+            first_program = first // share
+            splits = (first + tokens - 1) // share - first_program + 1
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel")
             if arrived == splits - 1:
@@ -170,12 +169,11 @@ def _attend_kernel(
                     partial_stats_ptr,
                     group_sinks_ptr,
                     out_group_ptr,
-                    pair * SPLITS,
+                    first_program,
                     splits,
                     stride_out_head,
                     LOG2E,
                     HAS_SINKS,
-                    SPLITS,
                     SPLIT_BLOCK,
                     G,
                     G_ROWS,
@@ -185,43 +183,34 @@ def _attend_kernel(
                 tl.store(arrivals_ptr + pair, 0)
 
 
-def max_splits(batch: int, heads_kv: int) -> int:
-    """Slices into which one (request, KV head) may be cut; a power of two."""
-    wanted = triton.cdiv(2048, batch * heads_kv)
-    return min(128, max(16, triton.next_power_of_2(wanted)))
-
-
 class AttendWorkspace:
     """Memory of `attend` that outlives a call.
 
     Attributes:
-        partial: float32 partial outputs, [B, HK, splits, G, DV] with G and DV padded to powers
-            of two; partial_stats: float32 [B, HK, splits, 2, G], largest logit and sum.
-        arrivals: [B, HK] int32 finished slices; 0 between calls.
+        partial: float32 partial outputs, [programs, 2, G, DV] with G and DV padded to powers of
+            two; partial_stats: float32 [programs, 2, 2, G], largest logit and sum.
+        arrivals: [B, HK] int32 programs that have finished with each; 0 between calls.
     """
 
     def __init__(
         self, max_batch: int, heads_q: int, heads_kv: int, dim_v: int, device: torch.device
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
-        slices = max(b * max_splits(b, heads_kv) for b in range(1, max_batch + 1)) * heads_kv
-        slices = max(slices, grid_programs(device, 2))  # of the one-launch pipeline
+        partials = 2 * grid_programs(device, _MOST_PROGRAMS)
         padded = triton.next_power_of_2(dim_v)
-        self.partial = torch.empty(slices * rows * padded, dtype=torch.float32, device=device)
-        self.partial_stats = torch.empty(slices * 2 * rows, dtype=torch.float32, device=device)
+        self.partial = torch.empty(partials * rows * padded, dtype=torch.float32, device=device)
+        self.partial_stats = torch.empty(partials * 2 * rows, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
 
 
-def _tiling(pairs: int, columns: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
-    """Tokens of a slice and of a tile, pipeline stages, warps, programs an SM."""
+def _tiling(pairs: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
+    """Least tokens of a program, tokens of a tile, pipeline stages, warps, programs an SM."""
     if is_interpreted():
-        return 32, 16, 1, 4, 1
+        return 16, 16, 1, 4, 1
     tile = 64 if bytes_per_token <= 512 else 32
-    if pairs < 128 and columns < 4096:
-        return (64 if pairs < 32 else 128), tile, 1, 2, 4
-    if pairs < 32:
-        return 128, tile, 1, 2, 4
-    return (512 if columns < 4096 else 1024), tile, 5, 4, (4 if columns < 4096 else 3)
+    if pairs < 128:
+        return 64, tile, 1, 2, 4
+    return 64, tile, 5, 4, 3
 
 
 def attend(
@@ -260,10 +249,9 @@ def attend(
     group = heads_q // heads_kv
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
-    splits = max_splits(batch, heads_kv)
     pairs = batch * heads_kv
     token_bytes = (dim + dim_v) * key_cache.element_size()
-    item, tile, stages, warps, programs = _tiling(pairs, page_ids.shape[1], token_bytes)
+    least, tile, stages, warps, programs = _tiling(pairs, token_bytes)
     _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,
@@ -305,9 +293,8 @@ def attend(
         DV_PAD=dim_v_pad,
         PS=page_size,
         PAIRS_PAD=triton.next_power_of_2(batch * heads_kv),
-        SPLITS=splits,
-        SPLIT_BLOCK=min(splits, max(1, 8192 // (rows * dim_v_pad))),
-        ITEM=item,
+        SPLIT_BLOCK=max(1, 8192 // (rows * dim_v_pad)),
+        LEAST=least,
         TILE=tile,
         STAGES=stages,
         **launch_options(warps),

@@ -77,7 +77,6 @@ def decode_kernel(
     p_ptr,
     budget_ptr,
     scores_ptr,
-    positions_ptr,
     candidate_page_ids_ptr,
     counts_ptr,
     candidate_tokens_ptr,
@@ -219,15 +218,13 @@ def decode_kernel(
             pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
         )
         tokens = count * PS - ((length + PS - 1) // PS * PS - length)
-        per_part = (count + parts - 1) // parts
-        first_page = part * per_part
-        last_page = tl.minimum(first_page + per_part, count)
+        # Candidates are dealt out one by one, since those that are kept stand together.
+        own_pages = (count - part + parts - 1) // parts
         position = tl.arange(0, COLUMNS_PAD)
         rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        mine = chosen & (rank >= first_page) & (rank < last_page)
+        mine = chosen & (rank % parts == part)
         page_id = tl.load(row_page_ids_ptr + position, mine, other=0)
         tl.store(pages_ptr + rank, page_id, mine)
-        tl.store(positions_ptr + pair64 * width + rank, position, mine)
         if part == 0:
             tl.store(counts_ptr + pair, count)
             tl.store(candidate_tokens_ptr + pair, tokens)
@@ -243,8 +240,9 @@ def decode_kernel(
             pages_ptr,
             pair_logits_ptr + head[:, None] * (width * PS),
             head_kv,
-            first_page,
-            last_page,
+            part,
+            count,
+            parts,
             count,
             (length - 1) % PS + 1,
             stride_q_head,
@@ -276,17 +274,17 @@ def decode_kernel(
             tl.store(masses_ptr + pair * G + member, share, member < G)
         _meet(arrivals_ptr, 3 * parts, parts)
 
-        first_token = first_page * PS
-        last_token = tl.minimum(last_page * PS, tokens)
-        list_ptr = slots_ptr + pair64 * (width * PS) + first_token
+        pages_before = part * (count // parts) + tl.minimum(part, count % parts)
+        list_ptr = slots_ptr + (pair64 * width + pages_before) * PS
         end = 0
-        for block in range(first_token, last_token, UNITE_TOKENS):
-            token = block + tl.arange(0, UNITE_TOKENS)
+        for block in range(0, own_pages * PS, UNITE_TOKENS):
+            own = block + tl.arange(0, UNITE_TOKENS)
+            token = (part + own // PS * parts) * PS + own % PS
             keep = keep_any(
                 pair_logits_ptr,
                 thresholds_ptr + pair * G,
                 token,
-                token < last_token,
+                token < tokens,
                 tokens,
                 length,
                 width * PS,
@@ -297,7 +295,7 @@ def decode_kernel(
             )
             kept = keep.to(tl.int32)
             kept_page = tl.load(pages_ptr + token // PS, keep, other=0)
-            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, kept_page * PS + token % PS, keep)
+            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, kept_page * PS + own % PS, keep)
             end += tl.sum(kept, 0)
         tl.atomic_add(kept_tokens_ptr + pair, end, sem="relaxed")
         start = 0

@@ -124,6 +124,7 @@ def estimate_pages(
     head_kv,
     first_page,
     last_page,
+    page_step,
     count,
     open_tokens,
     stride_q_head,
@@ -144,7 +145,7 @@ def estimate_pages(
     STAGES: tl.constexpr,
     PACKED_ASM: tl.constexpr,
 ):
-    """Logits of a group for the candidate pages from first_page to below last_page.
+    """Logits of a group for every page_step-th candidate page from first_page to below last_page.
 
     Args:
         q_group_ptr: the group's [G, D]; keys_head_ptr: the KV head's keys by slot.
@@ -158,8 +159,8 @@ def estimate_pages(
     head = tl.arange(0, G_PAD)
     token = tl.arange(0, BLOCK)
     if EXACT:
-        for start in tl.range(first_page, last_page, PAGES, num_stages=STAGES):
-            candidate = start + token // PS  # [BLOCK]
+        for start in tl.range(first_page, last_page, PAGES * page_step, num_stages=STAGES):
+            candidate = start + token // PS * page_step  # [BLOCK]
             in_page = tl.where(candidate == count - 1, open_tokens, PS)
             inside = (candidate < last_page) & (token % PS < in_page)
             page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
@@ -178,7 +179,7 @@ def estimate_pages(
             )
             logits = soft_cap_logits(logits * sm_scale, logit_cap, HAS_CAP)
             tl.store(
-                out_ptr + (start * PS + token)[None, :],
+                out_ptr + (candidate * PS + token % PS)[None, :],
                 logits.to(out_ptr.dtype.element_ty),
                 (head[:, None] < G) & inside[None, :],
             )
@@ -194,8 +195,8 @@ def estimate_pages(
         q_scale = tl.load(scale_sum_ptr, head < G, other=0.0, cache_modifier=".cg") * sm_scale
         q_sum = tl.load(scale_sum_ptr + 1, head < G, other=0.0, cache_modifier=".cg") * sm_scale
         sealed_end = tl.minimum(last_page, count - 1)  # the last candidate is the open page
-        for start in tl.range(first_page, sealed_end, PAGES, num_stages=STAGES):
-            candidate = start + token // PS  # [BLOCK]
+        for start in tl.range(first_page, sealed_end, PAGES * page_step, num_stages=STAGES):
+            candidate = start + token // PS * page_step  # [BLOCK]
             inside = candidate < sealed_end
             page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
             code_row = (page * HK + head_kv) * PS + token % PS
@@ -219,11 +220,12 @@ def estimate_pages(
             logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
             logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
             tl.store(
-                out_ptr + (start * PS + token)[None, :],
+                out_ptr + (candidate * PS + token % PS)[None, :],
                 logits.to(out_ptr.dtype.element_ty),
                 (head[:, None] < G) & inside[None, :],
             )
-        if (first_page < last_page) & (last_page == count):
+        owns_open = (last_page == count) & ((count - 1 - first_page) % page_step == 0)
+        if (first_page < last_page) & owns_open:
             offset = tl.arange(0, PS)
             open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
             open_inside = offset < open_tokens
@@ -310,6 +312,7 @@ def _estimate_kernel(
             head_kv,
             first_page,
             tl.minimum(first_page + ITEM_PAGES, count),
+            1,
             count,
             (length - 1) % PS + 1,
             stride_q_head,

@@ -163,7 +163,6 @@ def _select_kernel(
     sparse_ptr,
     budget_ptr,
     q_ptr,
-    positions_ptr,
     candidate_page_ids_ptr,
     counts_ptr,
     candidate_tokens_ptr,
@@ -232,7 +231,6 @@ def _select_kernel(
             pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
         )
         slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
         tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
         tokens = count * PS - (pages * PS - length)
     if HAS_CHUNKS:
@@ -254,7 +252,6 @@ def select_pages(
     sparse: torch.Tensor,
     budgets: torch.Tensor,
     q: torch.Tensor,
-    positions: torch.Tensor,
     candidate_page_ids: torch.Tensor,
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
@@ -280,8 +277,8 @@ def select_pages(
         page_ids, seq_lens, sparse: see `DecodePlan`.
         budgets: [T + 1] int32 from `budget_table`.
         q: [B, HQ, D].
-        positions, candidate_page_ids: [B, HK, C] int32, written: logical and physical pages in
-            ascending logical order; the rest keeps what it held.
+        candidate_page_ids: [B, HK, C] int32, written: the candidates' physical pages in the order
+            of their tokens; the rest keeps what it held.
         counts: [B, HK] int32, written: candidate pages; 0 for rows that are not sparse.
         candidate_tokens: [B, HK] int32, written: tokens of them; all tokens of a row that is
             not sparse.
@@ -303,7 +300,6 @@ def select_pages(
         sparse,
         budgets,
         q,
-        positions,
         candidate_page_ids,
         counts,
         candidate_tokens,
@@ -313,7 +309,7 @@ def select_pages(
         chunk_counts,
         out,
         scores.stride(1),
-        positions.shape[-1],
+        candidate_page_ids.shape[-1],
         num_chunks,
         page_ids.stride(0),
         q.stride(0),

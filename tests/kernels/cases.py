@@ -133,15 +133,22 @@ def chosen_positions(decode: TritonDecode, drawn: Drawn) -> torch.Tensor:
     batch, columns = plan.page_ids.shape
     size = decode.selection.page_size
     pages = (plan.seq_lens + size - 1) // size
-    column = torch.arange(max(columns, decode.positions.shape[-1]), device=plan.seq_lens.device)
-    positions = column.expand(batch, decode.positions.shape[1], -1).int().clone()
-    width = decode.positions.shape[-1]
-    sparse = plan.sparse.view(-1, 1, 1)
-    positions[..., :width] = torch.where(
-        sparse, decode.positions[:batch], positions[..., :width].clone()
-    )
+    candidates = decode.candidate_page_ids[:batch]
+    heads_kv, width = candidates.shape[1:]
+    column = torch.arange(max(columns, width), device=plan.seq_lens.device)
+    # Where each physical page is in its row's table; -7 for one that the row does not have.
+    places = torch.full((batch, drawn.cache.keys.shape[0]), -7, device=plan.seq_lens.device)
+    row, place = (column[:columns] < pages.unsqueeze(1)).nonzero(as_tuple=True)
+    places[row, plan.page_ids[row, place].long()] = place
     count = torch.where(plan.sparse.unsqueeze(1), decode.counts[:batch], pages.unsqueeze(1))
-    return positions.masked_fill(column >= count.unsqueeze(-1), -1)
+    behind = column >= count.unsqueeze(-1)
+    sparse = plan.sparse.view(-1, 1, 1)
+    listed = candidates.long().masked_fill(behind[..., :width] | ~sparse, 0).flatten(1)
+    found = column.expand(batch, heads_kv, -1).clone()
+    found[..., :width] = torch.where(
+        sparse, places.gather(1, listed).view_as(candidates), column[:width]
+    )
+    return found.int().masked_fill(behind, -1)
 
 
 def expected_output(case: Case, drawn: Drawn, positions: torch.Tensor) -> LayerOutput:

@@ -139,9 +139,10 @@ def test_scores_that_are_not_finite_pick_valid_pages() -> None:
     drawn.cache.min_max[drawn.plan.page_ids[0, 3].long()] = float("nan")
     drawn.cache.min_max[drawn.plan.page_ids[0, 5].long()] = float("inf")
     decode = decoder(case, drawn)
-    decode.positions.fill_(-7)
     run(case, drawn, decode)
-    for row in decode.positions[0, :, : decode.counts[0, 0]].tolist():
+    positions = chosen_positions(decode, drawn)
+    assert positions.shape[1] == case.heads_kv
+    for row in positions[0, :, : decode.counts[0, 0]].tolist():
         assert row == sorted(set(row)) and min(row) >= 0 and max(row) < 13
 
 

@@ -258,13 +258,13 @@ def test_servers_fit_if_pools_and_weights_do(tmp_path: Path) -> None:
     assert 32 * (28672 + 1024) < tokens < 1.02 * 32 * (28672 + 1024)
     assert tokens % 16 == 0
     (tmp_path / "model.safetensors").write_bytes(b"")
-    names = ["fa3", "quest", "twilight"]
-    assert not fit_at_once(names, tmp_path, config, tokens, "cuda", 80 << 30)  # no weights there
+    pools = [(name, tokens) for name in ("fa3", "quest", "twilight")]
+    assert not fit_at_once(pools, tmp_path, config, "cuda", 80 << 30)  # no weights there
     (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
     # 12 KiB of cache a token each, and 2.4 KiB of summaries in two: 11.6 and 13.9 GiB
-    assert fit_at_once(names, tmp_path, config, tokens, "cuda", 60 << 30)
-    assert not fit_at_once(names, tmp_path, config, tokens, "cuda", 50 << 30)
-    assert fit_at_once(["fa3"], tmp_path, config, tokens, "cuda", 20 << 30)
+    assert fit_at_once(pools, tmp_path, config, "cuda", 60 << 30)
+    assert not fit_at_once(pools, tmp_path, config, "cuda", 50 << 30)
+    assert fit_at_once(pools[:1], tmp_path, config, "cuda", 20 << 30)
 
 
 def test_loads_beyond_the_context_are_refused() -> None:

@@ -124,10 +124,32 @@ def test_a_sweep_that_was_stopped_is_gone_on_with(
     monkeypatch.setattr(sweep, "fit_at_once", lambda *_: True)
     started.refuses_after = 1
     assert swept(started, tmp_path, "--concurrency", "1") == 1
-    assert "torch_native was not evaluated (see above)" in capsys.readouterr().err
+    assert "torch_native was not evaluated (" in capsys.readouterr().err
     started.refuses_after = None
     assert swept(started, tmp_path, "--concurrency", "1") == 0
     assert len(started.requests["torch_native"]) == 1  # the other sample is of the first run
+
+
+def test_a_server_of_several_methods_holds_a_task(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["--samples", "40", "--concurrency", "2"]
+
+    def pools(room: int) -> dict[str, int]:
+        monkeypatch.setattr(sweep, "fit_at_once", lambda each, *_: sum(t for _, t in each) <= room)
+        started.refuses_after = 0
+        swept(started, tmp_path, *given)
+        return {
+            name: int(flags[flags.index("--max-total-tokens") + 1])
+            for group in started.groups
+            for name, flags in group.items()
+        }
+
+    one = sweep.pool_tokens([sweep.Load("", 2, 400)], 0)
+    whole = sweep.pool_tokens([sweep.Load("", 40, 400)], 0)
+    assert pools(2 * one + whole) == {"torch_native": one, "quest-600": one, "twilight": whole}
+    assert len(started.groups) == 1
+    assert set(pools(3 * one).values()) == {one}
 
 
 def test_methods() -> None:

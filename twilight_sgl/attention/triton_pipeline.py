@@ -150,7 +150,6 @@ class TritonDecode:
 
         pairs = (max_batch, heads_kv)
         self.scores = empty(*pairs, self.columns, dtype=torch.float32)
-        self.positions = empty(*pairs, width, dtype=torch.int32)
         self.candidate_page_ids = empty(*pairs, width, dtype=torch.int32)
         self.counts = empty(*pairs, dtype=torch.int32)
         self.candidate_tokens = empty(*pairs, dtype=torch.int32)
@@ -225,7 +224,7 @@ class TritonDecode:
             return False
         if self.one_launch is not None:
             return self.one_launch
-        capacity = self.positions.shape[-1] * self.selection.page_size
+        capacity = self.candidate_page_ids.shape[-1] * self.selection.page_size
         return batch * self.counts.shape[1] <= MOST_PAIRS and capacity <= MOST_CANDIDATES
 
     def stages(
@@ -251,7 +250,7 @@ class TritonDecode:
         selection = self.selection
         scores = self.scores[:batch, :, : plan.page_ids.shape[-1]]
         page_counts = self.counts[:batch]
-        positions, candidate_page_ids = self.positions[:batch], self.candidate_page_ids[:batch]
+        candidate_page_ids = self.candidate_page_ids[:batch]
         totals = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
         candidate_tokens, kept_tokens = totals[0][:batch], totals[1][:batch]
         kept_mass = (self.masses if masses is None else masses)[:batch]
@@ -278,7 +277,6 @@ class TritonDecode:
                 plan.p,
                 self.budgets,
                 scores,
-                positions,
                 candidate_page_ids,
                 page_counts,
                 candidate_tokens,
@@ -317,7 +315,6 @@ class TritonDecode:
             plan.sparse,
             self.budgets,
             q,
-            positions,
             candidate_page_ids,
             page_counts,
             candidate_tokens,

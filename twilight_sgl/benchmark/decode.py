@@ -218,7 +218,11 @@ def _groups(
     at_once = args.side_by_side
     if at_once is None:
         at_once = len(start) < 2 or fit_at_once(
-            start, Path(model), config, tokens or 0, device, free_memory(device)
+            [(name, tokens or 0) for name in start],
+            Path(model),
+            config,
+            device,
+            free_memory(device),
         )
         if not at_once:
             print("servers run one after another: they may not fit at once", file=sys.stderr)

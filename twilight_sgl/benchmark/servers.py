@@ -116,12 +116,12 @@ def pool_tokens(loads: Sequence[Load], max_tokens: int) -> int:
 
 
 def fit_at_once(
-    names: Sequence[str], folder: Path, config: Any, tokens: int, device: str, free_bytes: int
+    pools: Sequence[tuple[str, int]], folder: Path, config: Any, device: str, free_bytes: int
 ) -> bool:
-    """Whether servers with pools of so many tokens fit into the memory that is free.
+    """Whether servers fit into the memory that is free.
 
     Args:
-        names: of the backends.
+        pools: each one's backend and tokens of its KV pool.
         folder: with the model's weights; what lies elsewhere is not known to fit.
         config: the model's transformers configuration.
     """
@@ -133,11 +133,13 @@ def fit_at_once(
     heads_kv = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     layers = model.num_hidden_layers
-    cache_bytes = tokens * layers * 2 * heads_kv * dim * element_bytes
-    page_bytes = tokens * layers * summary_bytes_per_token(heads_kv, dim, element_bytes, PAGE_SIZE)
-    each = weight_bytes * element_bytes / 2 + cache_bytes + _PROCESS_BYTES[device]
-    ours = sum(name in OURS for name in names)
-    return len(names) * each + ours * page_bytes <= 0.95 * free_bytes
+    cache_bytes = layers * 2 * heads_kv * dim * element_bytes  # a token
+    page_bytes = layers * summary_bytes_per_token(heads_kv, dim, element_bytes, PAGE_SIZE)
+    need = len(pools) * (weight_bytes * element_bytes / 2 + _PROCESS_BYTES[device])
+    need += sum(
+        tokens * (cache_bytes + (page_bytes if name in OURS else 0)) for name, tokens in pools
+    )
+    return need <= 0.95 * free_bytes
 
 
 def free_memory(device: str) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import functools
 import logging
 import math
 import sys
@@ -26,7 +27,7 @@ from twilight_sgl.evaluation.client import (
     method_name,
     read_info,
 )
-from twilight_sgl.evaluation.records import TEXT, Writer
+from twilight_sgl.evaluation.records import TEXT, Run, Writer
 from twilight_sgl.evaluation.scoring import agreeing_tokens, recall
 from twilight_sgl.evaluation.sizes import Prompts, prompt_hash
 from twilight_sgl.evaluation.tasks import GROUPS, PERPLEXITY, TASKS, Sample, parse_tasks
@@ -142,6 +143,7 @@ class Tokenize(Protocol):
         """With the tokens that the tokenizer adds, or without."""
 
 
+@functools.cache
 def load_tokenizer(name: str) -> Tokenize:
     """The tokenizer of that name.
 
@@ -204,7 +206,9 @@ class Evaluation:
         }
         total = len(groups) * self.args.samples
         left = sum(map(len, groups.values()))
-        with self._maker, tqdm(total=total, initial=total - left, unit="sample") as progress:
+        # Left on the terminal unless another bar stands above it.
+        bar = tqdm(total=total, initial=total - left, unit="sample", leave=None)
+        with self._maker, bar as progress:
             for (task, context), indices in groups.items():
                 progress.set_description(f"{task} {context}")
                 if indices:
@@ -337,8 +341,7 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
     return writer
 
 
-def _summarise(writer: Writer) -> None:
-    run = writer.run
+def _summarise(run: Run) -> None:
     by_group: dict[tuple[int, str], list[float]] = {}
     for sample in run.samples.values():
         figure = "nll" if sample["task"] == PERPLEXITY else "score"
@@ -359,16 +362,25 @@ def _summarise(writer: Writer) -> None:
         )
 
 
+def evaluate(args: argparse.Namespace) -> Run:
+    """Evaluate what the file of results does not hold yet.
+
+    Raises:
+        TwilightError: an argument, the server or the file will not do.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    return asyncio.run(_evaluate(args)).run
+
+
 def main(args: argparse.Namespace) -> int:
     """Evaluate; returns a process exit status, 1 with a message on bad input."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        writer = asyncio.run(_evaluate(args))
+        run = evaluate(args)
     except TwilightError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {args.json}", file=sys.stderr)
         return 130
-    _summarise(writer)
+    _summarise(run)
     return 0

@@ -5,9 +5,11 @@ import contextlib
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -141,32 +143,50 @@ def flags_of(
     )
 
 
-def evaluate(method: Method, url: str, args: argparse.Namespace) -> Path:
-    """Run the tasks by a method.
+def evaluate(method: Method, url: str, task: str, context: int, args: argparse.Namespace) -> None:
+    """Run one task at one context by a method.
 
-    Returns:
-        The file of results.
     Raises:
-        TwilightError: the run did not end well; it has said why.
+        TwilightError: the run did not end well.
     """
-    results = args.out / f"{method.name.replace(':', '-')}.jsonl"
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
-    given = [*args.tasks, "--url", url, "--json", str(results), "--method", method.name]
-    given += ["--context", ",".join(map(str, args.context)), "--samples", str(args.samples)]
+    results = results_file(method, args)
+    given = [task, "--url", url, "--json", str(results), "--method", method.name]
+    given += ["--context", str(context), "--samples", str(args.samples)]
     given += ["--seed", str(args.seed), "--concurrency", str(args.concurrency)]
     given += ["--prompts", str(args.out / PROMPTS)]
     if method.backend == "twilight":
         given += ["--p", f"{method.value:g}"]
-    if args.text is not None:
+    if task == PERPLEXITY:
         given += ["--text", str(args.text)]
-    print(f"{method.name}:", file=sys.stderr)
-    status = run.main(parser.parse_args(given))
-    if status == STOPPED:
-        raise KeyboardInterrupt
-    if status:
-        raise TwilightError(f"{method.name} was not evaluated (see above); logs are in {args.out}")
-    return results
+    try:
+        run.evaluate(parser.parse_args(given))
+    except TwilightError as error:
+        raise TwilightError(
+            f"{method.name} was not evaluated ({error}); logs are in {args.out}"
+        ) from error
+
+
+def results_file(method: Method, args: argparse.Namespace) -> Path:
+    return args.out / f"{method.name.replace(':', '-')}.jsonl"
+
+
+def _evaluate_all(
+    methods: list[Method], servers: dict[str, Server], args: argparse.Namespace
+) -> None:
+    """Every method's turn at a task comes at once: they share prompts that a server still holds."""
+    rounds = [
+        (context, task, method)
+        for context in args.context
+        for task in parse_tasks(args.tasks)
+        for method in methods
+    ]
+    with tqdm(total=len(rounds) * args.samples, unit="sample") as bar:
+        for context, task, method in rounds:
+            bar.set_description(f"{task} {context} {method.name}")
+            evaluate(method, servers[method.server].url, task, context, args)
+            bar.update(args.samples)
 
 
 def _load(args: argparse.Namespace) -> Load:
@@ -188,6 +208,33 @@ def _started(
             yield {server.name: server for server in servers}
 
 
+def _pools(
+    methods: list[Method], args: argparse.Namespace, folder: Path, config: Any, device: str
+) -> tuple[dict[str, int], bool]:
+    """Tokens of each server's KV pool, and whether the servers fit into memory at once.
+
+    A server of several methods holds a whole task's prompts where it can, so that they are
+    prefilled once.
+    """
+    load = _load(args)
+    backends = {method.server: method.backend for method in methods}
+    least = dict.fromkeys(backends, pool_tokens([load], 0))
+    whole_task = replace(load, requests=max(args.samples, args.concurrency))
+    shared = Counter(method.server for method in methods)
+    wished = {
+        name: pool_tokens([whole_task], 0) if shared[name] > 1 else tokens
+        for name, tokens in least.items()
+    }
+
+    def fit(pools: dict[str, int]) -> bool:
+        each = [(backends[name], tokens) for name, tokens in pools.items()]
+        return fit_at_once(each, folder, config, device, free_memory(device))
+
+    if len(least) > 1 and not fit(wished) and fit(least):
+        return least, True
+    return wished, len(wished) < 2 or fit(wished)
+
+
 def _sweep(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoConfig
@@ -205,28 +252,21 @@ def _sweep(args: argparse.Namespace) -> int:
             f"--context {max(args.context)} exceeds the {longest} tokens of {model}: pass less"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    tokens = pool_tokens([_load(args)], 0)
-    dense = next((method.name for method in methods if method.backend not in OURS), None)
     of_server = {method.server: method for method in methods}
+    pools, at_once = _pools(methods, args, Path(model), config, device)
+    dense = next((method.name for method in methods if method.backend not in OURS), None)
     flags = {
-        name: flags_of(method, args, model=model, dense=dense, device=device, tokens=tokens)
+        name: flags_of(method, args, model=model, dense=dense, device=device, tokens=pools[name])
         for name, method in of_server.items()
     }
-    backends = [method.backend for method in of_server.values()]
-    at_once = len(flags) < 2 or fit_at_once(
-        backends, Path(model), config, tokens, device, free_memory(device)
-    )
     groups = [flags] if at_once else [{name: each} for name, each in flags.items()]
-    results: dict[str, Path] = {}
     for group in groups:
         with _started(group, args) as servers:
-            for method in methods:
-                if method.server in servers:
-                    results[method.name] = evaluate(method, servers[method.server].url, args)
+            _evaluate_all([method for method in methods if method.server in servers], servers, args)
     about = {"methods": [method.name for method in methods], "server_flags": flags}
     (args.out / "servers.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    ordered = [results[method.name] for method in methods]
-    return report.main(argparse.Namespace(runs=ordered, out=args.out))
+    runs = [results_file(method, args) for method in methods]
+    return report.main(argparse.Namespace(runs=runs, out=args.out))
 
 
 def main(args: argparse.Namespace) -> int:
