@@ -26,7 +26,7 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 
-_MOST_PROGRAMS = 8  # an SM
+_PROGRAMS = 4  # an SM
 
 
 @triton.jit
@@ -196,21 +196,20 @@ class AttendWorkspace:
         self, max_batch: int, heads_q: int, heads_kv: int, dim_v: int, device: torch.device
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
-        partials = 2 * grid_programs(device, _MOST_PROGRAMS)
+        partials = 2 * grid_programs(device, _PROGRAMS)
         padded = triton.next_power_of_2(dim_v)
         self.partial = torch.empty(partials * rows * padded, dtype=torch.float32, device=device)
         self.partial_stats = torch.empty(partials * 2 * rows, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
 
 
-def _tiling(pairs: int, bytes_per_token: int) -> tuple[int, int, int, int, int]:
+def _tiling(bytes_per_token: int) -> tuple[int, int, int, int, int]:
     """Least tokens of a program, tokens of a tile, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 16, 1, 4, 1
-    tile = 64 if bytes_per_token <= 512 else 32
-    if pairs < 128:
-        return 64, tile, 1, 2, 4
-    return 64, tile, 5, 4, 3
+    if bytes_per_token > 256:  # more buffers would leave room for fewer programs
+        return 128, (64 if bytes_per_token <= 512 else 32), 1, 2, _PROGRAMS
+    return 128, 64, 5, 2, _PROGRAMS
 
 
 def attend(
@@ -249,9 +248,8 @@ def attend(
     group = heads_q // heads_kv
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
-    pairs = batch * heads_kv
     token_bytes = (dim + dim_v) * key_cache.element_size()
-    least, tile, stages, warps, programs = _tiling(pairs, token_bytes)
+    least, tile, stages, warps, programs = _tiling(token_bytes)
     _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,

@@ -341,7 +341,7 @@ def _tiling(pages: int) -> tuple[int, int, int, int, int]:
         return 64, 2, 1, 4, 1
     if pages >= 32768:
         return 128, (8 if pages >= 65536 else 4), 7, 4, 6
-    return (128, 2, 2, 4, 6) if pages >= 8192 else (128, 1, 1, 4, 8)
+    return (64, 4, 5, 2, 8) if pages >= 8192 else (128, 1, 1, 2, 8)
 
 
 def estimate_logits(

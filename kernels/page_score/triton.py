@@ -134,15 +134,15 @@ def _page_score_kernel(
         tl.store(out, score, inside)
 
 
-def _tiling(pages: int, item_bytes: int) -> tuple[int, int, int, int]:
+def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int]:
     """Pages of a block, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 1, 4, 1
-    if pages < 65536:
+    if pages < 16384:
         return 32, 1, 4, 8
-    if pages < 131072:
-        return 64, 1, 4, 4
-    return (128 if item_bytes == 1 and pages >= 262144 else 64), 3, 4, 3
+    if page_bytes > 256:  # bounds of 16 bits, or many channels
+        return (64, 3, 4, 3) if pages >= 131072 else (64, 1, 4, 4)
+    return (64, 3, 2, 6) if page_bytes > 128 and pages >= 131072 else (128, 3, 4, 4)
 
 
 def score_dtype(q_dtype: torch.dtype, bounds_dtype: torch.dtype) -> tl.dtype:
@@ -177,7 +177,7 @@ def page_scores(
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
     block, stages, warps, programs = _tiling(
-        batch * heads_kv * page_ids.shape[1], min_max.element_size()
+        batch * heads_kv * page_ids.shape[1], 2 * dim * min_max.element_size()
     )
     _page_score_kernel[(grid_programs(q.device, programs),)](
         q,

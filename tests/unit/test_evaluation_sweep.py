@@ -44,7 +44,7 @@ class Started:
                     self.model,
                     twilight=TWILIGHT if ours else None,
                     answer=solve if ours else lambda prompt: " unknown.",
-                    refuses_after=self.refuses_after,
+                    refuses_after=self.refuses_after if name == "torch_native" else None,
                 )
                 self.requests[name] = served.requests
                 servers.append(Server(name, stack.enter_context(served).url))

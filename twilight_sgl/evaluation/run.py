@@ -206,11 +206,12 @@ class Evaluation:
         }
         total = len(groups) * self.args.samples
         left = sum(map(len, groups.values()))
+        name = self.args.method
         # Left on the terminal unless another bar stands above it.
         bar = tqdm(total=total, initial=total - left, unit="sample", leave=None)
         with self._maker, bar as progress:
             for (task, context), indices in groups.items():
-                progress.set_description(f"{task} {context}")
+                progress.set_description(" ".join(filter(None, (name, task, str(context)))))
                 if indices:
                     await self._group(task, context, indices, progress)
 
@@ -291,7 +292,13 @@ class Evaluation:
         }
 
 
-async def _evaluate(args: argparse.Namespace) -> Writer:
+async def evaluate(args: argparse.Namespace) -> Run:
+    """Evaluate what the file of results does not hold yet.
+
+    Raises:
+        TwilightError: an argument, the server or the file will not do.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     tasks = parse_tasks(args.tasks)
     twilight = check_arguments(args, tasks)
     async with open_session() as session:
@@ -338,7 +345,7 @@ async def _evaluate(args: argparse.Namespace) -> Writer:
                 args, server, session, writer, tokenize, prompts, twilight, other, text
             )
             await evaluation.run(tasks)
-    return writer
+    return writer.run
 
 
 def _summarise(run: Run) -> None:
@@ -362,20 +369,10 @@ def _summarise(run: Run) -> None:
         )
 
 
-def evaluate(args: argparse.Namespace) -> Run:
-    """Evaluate what the file of results does not hold yet.
-
-    Raises:
-        TwilightError: an argument, the server or the file will not do.
-    """
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    return asyncio.run(_evaluate(args)).run
-
-
 def main(args: argparse.Namespace) -> int:
     """Evaluate; returns a process exit status, 1 with a message on bad input."""
     try:
-        run = evaluate(args)
+        run = asyncio.run(evaluate(args))
     except TwilightError as error:
         print(error, file=sys.stderr)
         return 1

@@ -1,7 +1,9 @@
 """Methods side by side: starts their servers, gives all the same prompts, and writes the report."""
 
 import argparse
+import asyncio
 import contextlib
+import itertools
 import json
 import shlex
 import sys
@@ -143,7 +145,9 @@ def flags_of(
     )
 
 
-def evaluate(method: Method, url: str, task: str, context: int, args: argparse.Namespace) -> None:
+async def evaluate(
+    method: Method, url: str, task: str, context: int, args: argparse.Namespace
+) -> None:
     """Run one task at one context by a method.
 
     Raises:
@@ -161,7 +165,7 @@ def evaluate(method: Method, url: str, task: str, context: int, args: argparse.N
     if task == PERPLEXITY:
         given += ["--text", str(args.text)]
     try:
-        run.evaluate(parser.parse_args(given))
+        await run.evaluate(parser.parse_args(given))
     except TwilightError as error:
         raise TwilightError(
             f"{method.name} was not evaluated ({error}); logs are in {args.out}"
@@ -172,21 +176,27 @@ def results_file(method: Method, args: argparse.Namespace) -> Path:
     return args.out / f"{method.name.replace(':', '-')}.jsonl"
 
 
-def _evaluate_all(
+async def _evaluate_all(
     methods: list[Method], servers: dict[str, Server], args: argparse.Namespace
 ) -> None:
-    """Every method's turn at a task comes at once: they share prompts that a server still holds."""
-    rounds = [
-        (context, task, method)
-        for context in args.context
-        for task in parse_tasks(args.tasks)
-        for method in methods
-    ]
-    with tqdm(total=len(rounds) * args.samples, unit="sample") as bar:
-        for context, task, method in rounds:
-            bar.set_description(f"{task} {context} {method.name}")
-            evaluate(method, servers[method.server].url, task, context, args)
-            bar.update(args.samples)
+    """All servers at once; methods of one take turns, and share prompts that it still holds."""
+    tasks = parse_tasks(args.tasks)
+    total = len(methods) * len(args.context) * len(tasks) * args.samples
+    with tqdm(total=total, unit="sample", desc="all methods") as bar:
+
+        async def serve(server: Server) -> None:
+            for context, task, method in itertools.product(args.context, tasks, methods):
+                if method.server == server.name:
+                    await evaluate(method, server.url, task, context, args)
+                    bar.update(args.samples)
+
+        working = [asyncio.create_task(serve(server)) for server in servers.values()]
+        try:
+            await asyncio.gather(*working)
+        finally:
+            for each in working:
+                each.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
 
 
 def _load(args: argparse.Namespace) -> Load:
@@ -262,7 +272,8 @@ def _sweep(args: argparse.Namespace) -> int:
     groups = [flags] if at_once else [{name: each} for name, each in flags.items()]
     for group in groups:
         with _started(group, args) as servers:
-            _evaluate_all([method for method in methods if method.server in servers], servers, args)
+            mine = [method for method in methods if method.server in servers]
+            asyncio.run(_evaluate_all(mine, servers, args))
     about = {"methods": [method.name for method in methods], "server_flags": flags}
     (args.out / "servers.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     runs = [results_file(method, args) for method in methods]
