@@ -86,7 +86,8 @@ def prefill_noise(server: Server, answers: list[Answer], **request: Any) -> floa
     largest = 0.0
     for said, answer in zip(server.post("/generate", body), answers, strict=True):
         entries = said["meta_info"]["input_token_logprobs"][-TOKENS:]
-        assert [entry[1] for entry in entries] == answer.ids
+        prefilled = [entry[1] for entry in entries]
+        assert prefilled == answer.ids, f"prefill saw {prefilled}, decoded were {answer.ids}"
         for entry, logprob in zip(entries, answer.logprobs, strict=True):
             largest = max(largest, abs(entry[0] - logprob))
     return largest

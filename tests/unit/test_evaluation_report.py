@@ -86,6 +86,13 @@ def test_scores_by_task_and_method_with_what_dense_fails_apart(
     assert text in capsys.readouterr().out
 
 
+def test_the_model_is_named_without_its_folder(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "model": "/models/small-one"}
+    path = write(tmp_path / "run.json", settings, {("passkey", 4096): [1.0]})
+    assert main(["report", path, "--out", str(tmp_path / "out")]) == 0
+    assert "`small-one`, seed 0" in (tmp_path / "out" / "accuracy.md").read_text()
+
+
 def test_budgets_are_weighed_by_their_tokens(runs: list[str], tmp_path: Path) -> None:
     assert main(["report", *runs, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "accuracy.md").read_text()

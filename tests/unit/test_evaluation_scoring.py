@@ -34,6 +34,12 @@ def test_all_passed_is_not_certain() -> None:
     assert got.low == pytest.approx(50 / (50 + 1.959964**2))
 
 
+@pytest.mark.parametrize("count", range(1, 60))
+def test_an_interval_is_within_0_and_1(count: int) -> None:
+    none, all_passed = mean([0.0] * count), mean([1.0] * count)
+    assert str(none.low) == "0.0" and str(all_passed.high) == "1.0"  # nor is it -0.0
+
+
 def test_bootstrap_interval_is_that_of_the_normal_distribution_and_repeats() -> None:
     scores = [0.0, 0.25, 0.5, 0.75, 1.0] * 40
     got = mean(scores)

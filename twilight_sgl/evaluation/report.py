@@ -102,9 +102,12 @@ def format_report(runs: dict[str, Run], pictures: Collection[str]) -> str:
     settings = next(iter(runs.values())).settings
     dense = next((method for method, run in runs.items() if run.settings["dense"]), None)
     seeds = {seed for run in runs.values() for _, _, seed, _ in run.samples}
+    model = settings["model"]
+    if Path(model).is_absolute():  # a folder of the server's
+        model = Path(model).name
     parts = [
         "# Accuracy",
-        f"`{settings['model']}`, seed {', '.join(map(str, sorted(seeds)))}, greedy.",
+        f"`{model}`, seed {', '.join(map(str, sorted(seeds)))}, greedy.",
     ]
     if scored:
         parts[-1] += (

@@ -60,7 +60,9 @@ def mean(scores: Sequence[float]) -> Mean:
         scale = 1 + _Z**2 / count
         middle = (average + _Z**2 / (2 * count)) / scale
         half = _Z * math.sqrt(average * (1 - average) / count + (_Z / (2 * count)) ** 2) / scale
-        return Mean(average, min(middle - half, average), max(middle + half, average), count)
+        # Rounding must not put an end below 0, above 1, or on the wrong side of the mean.
+        low, high = min(max(middle - half, 0.0), average), max(min(middle + half, 1.0), average)
+        return Mean(average, low, high, count)
     return bootstrap_mean(scores)
 
 
