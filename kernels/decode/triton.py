@@ -1,9 +1,9 @@
 """Score, select, estimate, prune and attend in one launch.
 
 A (request, KV head) is given to `parts` programs. Each scores a part of the pages; all then choose
-the same candidates, each in its own registers, and keep a stripe of them; they estimate, unite and
-attend to their stripes. The search for thresholds and the merge of the results are dealt to them by
-query head. In between they wait for each other. The reference is
+the same candidates, each in its own registers, and take every `parts`-th of them; they estimate,
+unite and attend to their own. The search for thresholds and the merge of the results are dealt to
+them by query head. In between they wait for each other. The reference is
 `twilight_sgl.attention.pipeline.decode_reference`.
 
 Programs that wait for each other must run at the same time. So the grid never has more of them than
