@@ -27,6 +27,7 @@ from twilight_sgl.kernels.launch import (
 )
 
 _PROGRAMS = 4  # an SM
+_MERGED = 8192  # values of partial results that a merge holds at once
 
 
 @triton.jit
@@ -291,7 +292,7 @@ def attend(
         DV_PAD=dim_v_pad,
         PS=page_size,
         PAIRS_PAD=triton.next_power_of_2(batch * heads_kv),
-        SPLIT_BLOCK=max(1, 8192 // (rows * dim_v_pad)),
+        SPLIT_BLOCK=max(1, _MERGED // (rows * dim_v_pad)),
         LEAST=least,
         TILE=tile,
         STAGES=stages,

@@ -72,6 +72,7 @@ class Family:
         draft: config.json of a draft model.
         adapter: write a LoRA adapter for the attention's projections.
         request: further fields of each request.
+        gpus: GPUs that its server takes.
     """
 
     model_type: str
@@ -82,6 +83,7 @@ class Family:
     draft: dict[str, Any] | None = None
     adapter: bool = False
     request: dict[str, Any] = field(default_factory=dict)
+    gpus: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +136,13 @@ FAMILIES = {
     "mistral": Family("mistral", {"sliding_window": None}),
     # SGLang attends to everything in Mistral models, whatever window they name.
     "mistral-window": Family("mistral", {"sliding_window": WINDOW}),
-    "gemma2": Family("gemma2", {**GEMMA, "hidden_act": "gelu_pytorch_tanh"}, selecting_layers=2),
+    # fa3 caps logits by an approximate tanh, in prefill and decoding alike.
+    "gemma2": Family(
+        "gemma2",
+        {**GEMMA, "hidden_act": "gelu_pytorch_tanh"},
+        selecting_layers=2,
+        flags=("--attention-backend", "triton"),
+    ),
     "gemma3": Family("gemma3_text", GEMMA, selecting_layers=2),
     "gpt-oss": Family("gpt_oss", GPT_OSS, selecting_layers=2),
     "qwen3-next": Family(
@@ -176,6 +184,7 @@ FAMILIES = {
     ),
     "llama-mixed": Family("llama", LLAMA, flags=("--enable-mixed-chunk",), check=mixed),
     "llama-ngram": Family("llama", LLAMA, flags=NGRAM, check=idle),
+    "llama-tensor-parallel": Family("llama", LLAMA, flags=("--tp-size", "2"), gpus=2),
     "llama-eagle": Family(
         "llama",
         LLAMA,
@@ -184,6 +193,13 @@ FAMILIES = {
         draft={"architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1},
     ),
 }
+
+
+def runnable() -> list[str]:
+    """The families that this machine has GPUs for."""
+    import torch
+
+    return [name for name, family in FAMILIES.items() if family.gpus <= torch.cuda.device_count()]
 
 
 def write_model(family: Family, folder: Path) -> None:
@@ -266,7 +282,7 @@ def main() -> int:
     parser.add_argument("--only", choices=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
     arguments, flags = parser.parse_known_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = [arguments.only] if arguments.only else list(FAMILIES)
+    names = [arguments.only] if arguments.only else runnable()
     bad = 0
     with verdicts(names, arguments.out, flags) as futures:
         for name, future in futures.items():
