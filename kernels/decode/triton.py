@@ -82,6 +82,7 @@ def decode_layer(
     recent_tokens: int,
     steps: int,
     slack: float,
+    summed: bool,
     sm_scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -97,7 +98,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
-        slack: as for `page_scores`; sinks: as for `attend`.
+        slack, summed: as for `page_scores`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -155,6 +156,7 @@ def decode_layer(
         HAS_SINKS=sinks is not None,
         EXACT=codes is None,
         SLACK=slack,
+        SUMMED=summed,
         SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),
         STEPS=steps,

@@ -46,6 +46,7 @@ def score_pages(
     page,
     inside,
     head_kv,
+    SUMMED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
@@ -53,7 +54,7 @@ def score_pages(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """[BLOCK] float32: a group's largest products with the boxes of [BLOCK] pages."""
+    """[BLOCK] float32: a group's products with [BLOCK] pages' boxes, summed or the largest."""
     channel = tl.arange(0, D_PAD)
     base = (page.to(tl.int64) * HK + head_kv) * (2 * D)
     bounds_ptr = min_max_ptr + base[:, None] + channel[None, :]
@@ -62,6 +63,8 @@ def score_pages(
     high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
     score = tl.dot(of_maxima, tl.trans(high), input_precision="ieee")
     score = tl.dot(of_minima, tl.trans(low), score, input_precision="ieee")  # [G_PAD, BLOCK]
+    if SUMMED:
+        return tl.sum(score, 0)  # rows from G on are zero
     head = tl.arange(0, G_PAD)
     return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
@@ -80,6 +83,7 @@ def _page_score_kernel(
     stride_q_head,
     stride_page_ids,
     SLACK: tl.constexpr,
+    SUMMED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
@@ -123,6 +127,7 @@ def _page_score_kernel(
             page,
             inside,
             head_kv,
+            SUMMED,
             COMPUTE,
             HK,
             G,
@@ -162,6 +167,7 @@ def page_scores(
     *,
     page_size: int,
     slack: float = 1.0,
+    summed: bool = False,
 ) -> None:
     """What `reference.page_scores` says of each full page of sparse rows.
 
@@ -172,7 +178,7 @@ def page_scores(
         scores: [B, HK, T] float32, written for the pages before the one that holds the newest
             token; the rest keeps what it held.
         page_size: PS, tokens.
-        slack: see `reference.page_scores`; compiled in.
+        slack, summed: see `reference.page_scores`; compiled in.
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
@@ -192,6 +198,7 @@ def page_scores(
         q.stride(1),
         page_ids.stride(0),
         SLACK=slack,
+        SUMMED=summed,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,
         G=heads_q // heads_kv,

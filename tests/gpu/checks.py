@@ -87,7 +87,9 @@ def prefill_noise(server: Server, answers: list[Answer], **request: Any) -> floa
     for said, answer in zip(server.post("/generate", body), answers, strict=True):
         entries = said["meta_info"]["input_token_logprobs"][-TOKENS:]
         prefilled = [entry[1] for entry in entries]
-        assert prefilled == answer.ids, f"prefill saw {prefilled}, decoded were {answer.ids}"
+        # SGLang reports the vocabulary's last token as token 0 here (its logprob is right).
+        decoded = [0 if token == VOCABULARY - 1 else token for token in answer.ids]
+        assert prefilled == decoded, f"prefill saw {prefilled}, decoded were {decoded}"
         for entry, logprob in zip(entries, answer.logprobs, strict=True):
             largest = max(largest, abs(entry[0] - logprob))
     return largest

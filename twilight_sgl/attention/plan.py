@@ -26,7 +26,7 @@ class Selection:
     recent_tokens: int
     estimator: str = "int4"
     pruner: str = "top_p"
-    selector: str = "quest"
+    selector: str = "group_bound"
     min_candidate_tokens: int = 0
 
 

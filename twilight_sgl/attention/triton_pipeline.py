@@ -7,7 +7,7 @@ import triton
 
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
-from twilight_sgl.attention.selectors.boxes import SLACK
+from twilight_sgl.attention.selectors.boxes import BOXES
 from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
 from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
@@ -123,12 +123,12 @@ class TritonDecode:
         )
         if not ok:
             raise ValueError(f"the Triton decode pipeline {reason}")
-        if selection.selector not in SLACK:
+        if selection.selector not in BOXES:
             raise ValueError(
                 f"the Triton decode pipeline has no kernel for the selector {selection.selector!r}"
             )
         self.selection = selection
-        self.slack = SLACK[selection.selector]
+        self.box = BOXES[selection.selector]
         self.prune = prune
         self.max_batch = max_batch
         self.columns = triton.cdiv(max_context, selection.page_size)
@@ -292,7 +292,8 @@ class TritonDecode:
                 sink_tokens=selection.sink_tokens,
                 recent_tokens=selection.recent_tokens,
                 steps=self.top_p_steps,
-                slack=self.slack,
+                slack=self.box.slack,
+                summed=self.box.summed,
                 sm_scale=sm_scale,
                 logit_cap=logit_cap,
                 sinks=sinks,
@@ -306,7 +307,8 @@ class TritonDecode:
             plan.sparse,
             scores,
             page_size=selection.page_size,
-            slack=self.slack,
+            slack=self.box.slack,
+            summed=self.box.summed,
         )
         launches["select"] = lambda: select_pages(
             scores,

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-path", help="folder of a model; the embedded model by default")
     parser.add_argument(
         "--backends",
-        help="comma-separated, the first is what others are compared with: twilight, quest (no "
-        "pruner) or a decode backend of SGLang's (default: fa3,quest,twilight; on a CPU "
-        "torch_native,quest,twilight; with --urls those)",
+        help="comma-separated, the first is what others are compared with: twilight, quest (its "
+        "selector, no pruner) or a decode backend of SGLang's (default: fa3,quest,twilight; on a "
+        "CPU torch_native,quest,twilight; with --urls those)",
     )
     parser.add_argument(
         "--loads",

@@ -98,6 +98,7 @@ def server_flags(
     if name in OURS:
         flags += ["--decode-attention-backend", "twilight"]
         flags += ["--twilight-p", str(p), "--twilight-pruner", OURS[name]]
+        flags += ["--twilight-selector", "quest"] if name == "quest" else []
         if dense:
             flags += ["--attention-backend", dense]
     else:

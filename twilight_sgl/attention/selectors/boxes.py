@@ -1,23 +1,44 @@
 """Selectors that score a page by the box around its keys: its channels' minima and maxima."""
 
+from dataclasses import dataclass
+
 import torch
 
 from twilight_sgl.attention.plan import LayerCache
 from twilight_sgl.kernels.page_score.reference import page_scores
 
-# Share of the box's radius that counts, by selector.
-SLACK = {"quest": 1.0, "half_bound": 0.5}
+
+@dataclass(frozen=True)
+class Box:
+    """How a selector scores boxes.
+
+    Attributes:
+        slack: share of the box's radius that counts.
+        summed: whether a group's heads are added up, in place of the largest.
+    """
+
+    slack: float
+    summed: bool
+
+
+BOXES = {"quest": Box(slack=1.0, summed=False), "group_bound": Box(slack=0.5, summed=True)}
 
 
 def quest(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
     """Quest (arXiv 2406.10774): an upper bound on the page's logits; shapes as `page_scores`."""
-    return page_scores(q, cache.min_max, page_ids, SLACK["quest"])
+    return _score("quest", q, cache, page_ids)
 
 
-def half_bound(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
-    """Halfway between the product with the box's middle and Quest's bound.
+def group_bound(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
+    """Halfway between the product with the box's middle and Quest's bound, summed over a group.
 
     No key is as large as the bound in every channel at once, and the more channels a query uses
-    the looser it is. Costs what Quest costs.
+    the looser it is. The sum asks all heads of a group, the largest only the one with the largest
+    logits. Costs what Quest costs.
     """
-    return page_scores(q, cache.min_max, page_ids, SLACK["half_bound"])
+    return _score("group_bound", q, cache, page_ids)
+
+
+def _score(name: str, q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
+    box = BOXES[name]
+    return page_scores(q, cache.min_max, page_ids, box.slack, box.summed)
