@@ -27,7 +27,7 @@ from twilight_sgl.kernels.launch import (
 )
 
 _PROGRAMS = 4  # an SM
-_MERGED = 8192  # values of partial results that a merge holds at once
+_FEW_PAIRS = 8
 
 
 @triton.jit
@@ -204,10 +204,12 @@ class AttendWorkspace:
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
 
 
-def _tiling(bytes_per_token: int) -> tuple[int, int, int, int, int]:
+def _tiling(bytes_per_token: int, pairs: int) -> tuple[int, int, int, int, int]:
     """Least tokens of a program, tokens of a tile, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 16, 1, 4, 1
+    if 256 < bytes_per_token <= 512 and pairs <= _FEW_PAIRS:  # one tile, and fewer to merge
+        return 128, 128, 1, 4, 2
     if bytes_per_token > 256:  # more buffers would leave room for fewer programs
         return 128, (64 if bytes_per_token <= 512 else 32), 1, 2, _PROGRAMS
     return 128, 64, 5, 2, _PROGRAMS
@@ -250,7 +252,7 @@ def attend(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     token_bytes = (dim + dim_v) * key_cache.element_size()
-    least, tile, stages, warps, programs = _tiling(token_bytes)
+    least, tile, stages, warps, programs = _tiling(token_bytes, batch * heads_kv)
     _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,
@@ -292,7 +294,7 @@ def attend(
         DV_PAD=dim_v_pad,
         PS=page_size,
         PAIRS_PAD=triton.next_power_of_2(batch * heads_kv),
-        SPLIT_BLOCK=max(1, _MERGED // (rows * dim_v_pad)),
+        SPLIT_BLOCK=max(1, warps * 4096 // (rows * dim_v_pad)),
         LEAST=least,
         TILE=tile,
         STAGES=stages,

@@ -205,6 +205,7 @@ def decode_kernel(
                 page,
                 inside,
                 head_kv,
+                SLACK,
                 SUMMED,
                 SCORE,
                 HK,

@@ -27,7 +27,8 @@ def split_query(
 ):
     """What of a group's queries meets maxima and what minima, [G_PAD, D_PAD] each.
 
-    With a SLACK of 1 these are the positive and the negative part.
+    In units of (1 + SLACK) / 2, in which no rounding is needed for a SLACK of 1 (the positive and
+    the negative part of a query) or 1 / 3 (the rest counts half).
     """
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, D_PAD)
@@ -35,7 +36,8 @@ def split_query(
     q = tl.load(q_ptr + head[:, None] * stride_head + channel[None, :], inside, other=0.0)
     q = q.to(tl.float32)
     reach = SLACK * tl.abs(q)
-    return ((q + reach) * 0.5).to(COMPUTE), ((q - reach) * 0.5).to(COMPUTE)
+    unit = 1.0 / (1.0 + SLACK)
+    return ((q + reach) * unit).to(COMPUTE), ((q - reach) * unit).to(COMPUTE)
 
 
 @triton.jit
@@ -46,6 +48,7 @@ def score_pages(
     page,
     inside,
     head_kv,
+    SLACK: tl.constexpr,
     SUMMED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -63,6 +66,7 @@ def score_pages(
     high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
     score = tl.dot(of_maxima, tl.trans(high), input_precision="ieee")
     score = tl.dot(of_minima, tl.trans(low), score, input_precision="ieee")  # [G_PAD, BLOCK]
+    score *= (1.0 + SLACK) * 0.5
     if SUMMED:
         return tl.sum(score, 0)  # rows from G on are zero
     head = tl.arange(0, G_PAD)
@@ -127,6 +131,7 @@ def _page_score_kernel(
             page,
             inside,
             head_kv,
+            SLACK,
             SUMMED,
             COMPUTE,
             HK,

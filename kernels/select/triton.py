@@ -39,8 +39,8 @@ def _add2(a0, a1, b0, b1):
 
 
 @triton.jit
-def _least_and_greatest(a0, a1, b0, b1):
-    return tl.minimum(a0, b0), tl.maximum(a1, b1)
+def _spread(a0, a1, a2, a3, b0, b1, b2, b3):
+    return tl.minimum(a0, b0), tl.maximum(a1, b1), a2 + b2, a3 + b3
 
 
 @triton.jit
@@ -48,27 +48,44 @@ def _search_threshold(scores, scored, num_scored, k):
     """Bounds low < high with at least k scores from low on and fewer than k from high on.
 
     Three thresholds a round, two of their counts in one integer, until exactly k scores are at
-    or above low or the bounds are as near as float32 can tell at the scale of the scores.
+    or above low or the bounds are as near as float32 can tell at the scale of the scores. The
+    first three lie where a normal distribution would have the k-th score.
 
     Returns:
         low, high, the number of scores from low on, and from high on.
     """
     infinity = float("inf")
-    low, high = tl.reduce(
-        (tl.where(scored, scores, infinity), tl.where(scored, scores, -infinity)),
+    real = tl.where(scored, scores, 0.0)
+    low, high, total, squares = tl.reduce(
+        (
+            tl.where(scored, scores, infinity),
+            tl.where(scored, scores, -infinity),
+            real,
+            real * real,
+        ),
         0,
-        _least_and_greatest,
+        _spread,
     )
     scores = tl.where(scored, scores, -infinity)
     high = high + tl.maximum(tl.abs(high), tl.abs(low)) * 1e-6 + 1e-30  # above all
     count = num_scored
     above = num_scored * 0
     rounds = 0
-    while (count > k) & (rounds < 14):
-        quarter = (high - low) * 0.25
-        first = low + quarter
-        second = low + quarter * 2
-        third = low + quarter * 3
+    number = num_scored.to(tl.float32)
+    mean = total / number
+    deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
+    below = tl.minimum(tl.maximum(1.0 - k / number, 1e-6), 1.0)
+    # Quantile of the normal distribution (Joiner and Rosenblatt, 1971).
+    quantile = (tl.exp2(tl.log2(below) * 0.14) - tl.exp2(tl.log2(k / number) * 0.14)) * 4.91
+    second = mean + deviation * quantile
+    first = second - deviation * 0.1
+    third = second + deviation * 0.1
+    quarter = (high - low) * 0.25
+    guessed = (first > low) & (third < high)  # no if anything is not finite
+    first = tl.where(guessed, first, low + quarter)
+    second = tl.where(guessed, second, low + quarter * 2)
+    third = tl.where(guessed, third, low + quarter * 3)
+    while (count > k) & (rounds < 15):
         low_counts, threes = tl.reduce(
             (
                 tl.where(scores >= first, 1, 0) + tl.where(scores >= second, 65536, 0),
@@ -92,6 +109,10 @@ def _search_threshold(scores, scored, num_scored, k):
             above = tl.where(enough1, twos, ones)
             low = tl.where(enough1, first, low)
             count = tl.where(enough1, ones, count)
+        quarter = (high - low) * 0.25
+        first = low + quarter
+        second = low + quarter * 2
+        third = low + quarter * 3
         rounds += 1
     return low, high, count, above
 
@@ -241,8 +262,10 @@ def _select_kernel(
     tl.store(kept_tokens_ptr + pair, tokens)
 
 
-def _warps(columns_pad: int) -> int:
-    return 4 if columns_pad <= 2048 else 8 if columns_pad <= 8192 else 16
+def _warps(columns_pad: int, pairs: int) -> int:
+    if columns_pad > 4096:
+        return 16
+    return 8 if columns_pad > (1024 if pairs <= 64 else 2048) else 4
 
 
 def select_pages(
@@ -330,5 +353,5 @@ def select_pages(
         HAS_CODES=q_codes is not None,
         HAS_CHUNKS=chunk_counts is not None,
         CHUNKS_PAD=triton.next_power_of_2(num_chunks),
-        **launch_options(_warps(columns_pad)),
+        **launch_options(_warps(columns_pad, batch * heads_kv)),
     )

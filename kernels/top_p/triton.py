@@ -286,8 +286,10 @@ def _chunk_tokens() -> int:
     return 64 if is_interpreted() else _CHUNK_TOKENS
 
 
-def _warps(block: int) -> int:
-    return 16 if block > 8192 else 8 if block > 2048 else 4
+def _warps(block: int, rows: int) -> int:
+    if block > 8192:
+        return 16 if rows <= 64 else 8
+    return 8 if block > 2048 and rows <= 1024 else 4
 
 
 def top_p_thresholds(
@@ -334,7 +336,7 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
-        **launch_options(_warps(large)),
+        **launch_options(_warps(large, batch * heads_q)),
     )
 
 

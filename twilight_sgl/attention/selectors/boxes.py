@@ -21,7 +21,7 @@ class Box:
     summed: bool
 
 
-BOXES = {"quest": Box(slack=1.0, summed=False), "group_bound": Box(slack=0.5, summed=True)}
+BOXES = {"quest": Box(slack=1.0, summed=False), "group_bound": Box(slack=1 / 3, summed=True)}
 
 
 def quest(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def quest(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.T
 
 
 def group_bound(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
-    """Halfway between the product with the box's middle and Quest's bound, summed over a group.
+    """The product with the box's middle and a third of Quest's slack, summed over a group.
 
     No key is as large as the bound in every channel at once, and the more channels a query uses
     the looser it is. The sum asks all heads of a group, the largest only the one with the largest
