@@ -160,7 +160,7 @@ class TritonRuntime(TwilightRuntime):
         )
         self._num_claimed.zero_()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def run_layer(
         self,
         layer_id: int,
