@@ -39,7 +39,7 @@ class TwilightConfig:
     p: float = _knob(
         0.95, "attention mass that each query head keeps of its candidates, in (0, 1]; 1 keeps all"
     )
-    selector: str = _knob("group_bound", "algorithm that names candidate pages")
+    selector: str = _knob("quest", "algorithm that names candidate pages")
     selector_budget: float = _knob(
         0.25, "candidates (B0): a fraction of the context if at most 1, else tokens"
     )

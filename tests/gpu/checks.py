@@ -60,6 +60,20 @@ def ask(server: Server, twilight: dict[str, Any], **request: Any) -> list[Answer
     ]
 
 
+def decode(server: Server, prompt: list[int], tokens: int, twilight: Any = None) -> Any:
+    """Decode so many tokens greedily; the models have no token that ends an answer."""
+    sampling: dict[str, Any] = {"max_new_tokens": tokens, "temperature": 0}
+    if twilight is not None:
+        sampling["custom_params"] = {"twilight": twilight}
+    return server.post("/generate", {"input_ids": prompt, "sampling_params": sampling})
+
+
+def decode_all(server: Server, prompts: list[list[int]], tokens: int) -> list[Any]:
+    """Decode all prompts at the same time."""
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: decode(server, prompt, tokens), prompts))
+
+
 def difference(one: Answer, other: Answer) -> float:
     """The largest difference in logprob up to the first token that differs, that one included."""
     largest = 0.0
@@ -140,11 +154,11 @@ def reloaded(family: "Family", server: Server) -> str:
     drawn = random.Random(2)
     filling = [[drawn.randrange(3, VOCABULARY) for _ in range(1500)] for _ in range(6)]
     asked = {"p": 0.9}
-    server.generate(filling[0], TOKENS, asked)
-    cached = server.generate(filling[0], TOKENS, asked)["output_ids"]
-    server.generate_all(filling[1:], TOKENS)
+    decode(server, filling[0], TOKENS, asked)
+    cached = decode(server, filling[0], TOKENS, asked)["output_ids"]
+    decode_all(server, filling[1:], TOKENS)
     built = server.twilight()["pages"]["built"]
-    again = server.generate(filling[0], TOKENS, asked)
+    again = decode(server, filling[0], TOKENS, asked)
     state = server.twilight()
     from_host = (again["meta_info"].get("cached_tokens_details") or {}).get("host", 0)
     if from_host < 1000:
@@ -161,10 +175,10 @@ def retracted(family: "Family", server: Server) -> str:
     drawn = random.Random(3)
     growing = [[drawn.randrange(3, VOCABULARY) for _ in range(900)] for _ in range(4)]
     with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(server.generate_all, growing[:-1], 400)
+        others = pool.submit(decode_all, server, growing[:-1], 400)
         while not server.twilight()["steps"]["sparse_rows"]:
             time.sleep(0.05)
-        answers = [server.generate(growing[-1], 400), *others.result()]
+        answers = [decode(server, growing[-1], 400), *others.result()]
     if any(answer["meta_info"]["completion_tokens"] != 400 for answer in answers):
         return f"tokens: {[answer['meta_info']['completion_tokens'] for answer in answers]}"
     if "Retract requests" not in server.log.read_text():
@@ -183,7 +197,7 @@ def idle(family: "Family", server: Server) -> str:
     """Speculative decoding runs, densely, whatever a request asks of Twilight."""
     prompt = prompts()[-1]
     dense, asked = (
-        server.generate(prompt, 4 * TOKENS, wish)["output_ids"]
+        decode(server, prompt, 4 * TOKENS, wish)["output_ids"]
         for wish in ({"enabled": False}, {"p": 0.05})
     )
     state = server.twilight()
@@ -200,12 +214,12 @@ def mixed(family: "Family", server: Server) -> str:
     """Prefills arrive while others decode: rows of the mixed steps are counted apart."""
     asked, drawn = {"p": 1.0}, random.Random(1)
     with ThreadPoolExecutor(1) as pool:
-        decoding = pool.submit(server.generate, prompts()[1], 1024, asked)
+        decoding = pool.submit(decode, server, prompts()[1], 1024, asked)
         while not server.twilight()["budget"]["context_tokens"]:
             time.sleep(0.05)
         while not decoding.done() and not server.twilight()["budget"]["mixed_rows"]:
             arrival = [drawn.randrange(3, VOCABULARY) for _ in range(200)]
-            server.generate(arrival, 1, asked)
+            decode(server, arrival, 1, asked)
         decoding.result()
     state = server.twilight()
     if not state["budget"]["mixed_rows"]:

@@ -41,7 +41,7 @@ BASE = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 4096,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": None,  # answers are as long as asked: without a tokenizer nothing else is said
     "pad_token_id": 0,
     "initializer_range": 0.06,  # larger than usual: queries then prefer some keys to others
 }

@@ -49,7 +49,7 @@ class Case:
     q_scale: float = 1.0
     prune: bool = True
     min_candidate_tokens: int = 0
-    selector: str = "group_bound"
+    selector: str = "quest"
 
     @property
     def selection(self) -> Selection:

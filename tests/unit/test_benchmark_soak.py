@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+import transformers
+from aiohttp import web
 from soaked_server import POOL_TOKENS, SoakedServer
 
 from twilight_sgl.benchmark import __main__ as command
@@ -360,6 +363,35 @@ def test_what_cannot_run_is_refused_with_the_flag(
         assert soak(monkeypatch, server.url, *flags) == 2
     assert re.search(complaint, capsys.readouterr().err)
     assert not server.requests
+
+
+class SilentTokenizer(SoakedServer):
+    """Fails to tokenize, as SGLang does for a tokenizer without a longest input."""
+
+    def __init__(self, tokenizer: Path) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    async def _tokenize(self, request: Any) -> Any:
+        return web.Response(status=500, text="Internal Server Error")
+
+    async def _model_info(self, request: Any) -> Any:
+        return web.json_response({"model_path": "m", "tokenizer_path": str(self.tokenizer)})
+
+
+def test_a_server_that_cannot_tokenize(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with SilentTokenizer(tmp_path / "none") as server:
+        assert soak(monkeypatch, server.url) == 2
+    assert f"the tokenizer {tmp_path / 'none'} is not on this machine" in capsys.readouterr().err
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(
+        tmp_path / "words"
+    )
+    with SilentTokenizer(tmp_path / "words") as server:
+        assert soak(monkeypatch, server.url, minutes=0.02) == 0, capsys.readouterr().err
 
 
 def test_servers_without_twilight_are_refused(

@@ -26,7 +26,7 @@ class Selection:
     recent_tokens: int
     estimator: str = "int4"
     pruner: str = "top_p"
-    selector: str = "group_bound"
+    selector: str = "quest"
     min_candidate_tokens: int = 0
 
 

@@ -233,7 +233,7 @@ def _print(result: dict[str, object], bandwidth: float) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
     parser.add_argument("--p", type=float, default=0.95)
-    parser.add_argument("--selector", choices=sorted(BOXES), default="group_bound")
+    parser.add_argument("--selector", choices=sorted(BOXES), default="quest")
     parser.add_argument(
         "--budget", type=float, default=0.25, help="B0, as --twilight-selector-budget"
     )

@@ -22,6 +22,7 @@ from twilight_sgl.benchmark.soak_memory import MemoryReader
 from twilight_sgl.benchmark.streaming import MeasurementError, open_session
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.evaluation.client import Server, find_server
+from twilight_sgl.evaluation.run import load_tokenizer
 from twilight_sgl.telemetry.totals import twilight_states
 
 TEXT_TOKENS = 1 << 16  # at least, of which prompts are slices
@@ -170,21 +171,29 @@ class Soak:
         )
 
 
-async def _text_ids(session: aiohttp.ClientSession, url: str, tokens: int) -> list[int]:
-    """About so many token ids of text, or more."""
+async def _text_ids(session: aiohttp.ClientSession, server: Server, tokens: int) -> list[int]:
+    """About so many token ids of text, or more: from the server, else from its tokenizer's folder.
+
+    SGLang 0.5.17 answers with an error for tokenizers that state no longest input.
+    """
     text = read_text(None, tokens)[: tokens * _CHARACTERS_PER_TOKEN]
     body = {"prompt": text, "add_special_tokens": False}
+    url = f"{server.url}/v1/tokenize"
     try:
-        async with session.post(f"{url}/v1/tokenize", json=body) as response:
+        async with session.post(url, json=body) as response:
             answer = await response.text()
     except (aiohttp.ClientError, OSError) as error:
-        raise TwilightError(f"--url {url}/v1/tokenize does not answer: {error!r}") from error
+        raise TwilightError(f"--url {url} does not answer: {error!r}") from error
     try:
         return json.loads(answer)["tokens"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError):
+        pass
+    try:
+        return load_tokenizer(server.tokenizer)(text, special=False)
+    except TwilightError as error:
         raise TwilightError(
-            f"--url {url}/v1/tokenize answered {response.status}: {answer[:500]}; start the server "
-            "without --skip-tokenizer-init"
+            f"--url {url} answered {response.status}: {answer[:500]}, and the tokenizer "
+            f"{server.tokenizer} is not on this machine: run the soak where it is"
         ) from error
 
 
@@ -220,7 +229,7 @@ async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) 
             prompt_tokens=args.prompt_tokens,
             output_tokens=args.output_tokens,
         )
-        ids = await _text_ids(session, server.url, max(TEXT_TOKENS, 4 * sizes.long_tokens))
+        ids = await _text_ids(session, server, max(TEXT_TOKENS, 4 * sizes.long_tokens))
         about |= {
             "model": Path(server.model).name,
             "kv_tokens": pool_tokens,

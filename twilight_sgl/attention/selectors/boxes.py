@@ -21,7 +21,11 @@ class Box:
     summed: bool
 
 
-BOXES = {"quest": Box(slack=1.0, summed=False), "group_bound": Box(slack=1 / 3, summed=True)}
+BOXES = {
+    "quest": Box(slack=1.0, summed=False),
+    "half_bound": Box(slack=0.5, summed=False),
+    "group_bound": Box(slack=1 / 3, summed=True),
+}
 
 
 def quest(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
@@ -29,12 +33,20 @@ def quest(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.T
     return _score("quest", q, cache, page_ids)
 
 
+def half_bound(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
+    """The product with the box's middle and half of Quest's slack.
+
+    No key is as large as the bound in every channel at once, and the more channels a query uses
+    the looser it is. Costs what Quest costs.
+    """
+    return _score("half_bound", q, cache, page_ids)
+
+
 def group_bound(q: torch.Tensor, cache: LayerCache, page_ids: torch.Tensor) -> torch.Tensor:
     """The product with the box's middle and a third of Quest's slack, summed over a group.
 
-    No key is as large as the bound in every channel at once, and the more channels a query uses
-    the looser it is. The sum asks all heads of a group, the largest only the one with the largest
-    logits. Costs what Quest costs.
+    The sum asks all heads of a group, the largest only the one with the largest logits. Costs what
+    Quest costs.
     """
     return _score("group_bound", q, cache, page_ids)
 
