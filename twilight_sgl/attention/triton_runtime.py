@@ -40,6 +40,14 @@ class _Buffers:
         row_sums = (max_batch, len(ROW_SUMS))
         self.row_sums = torch.zeros(row_sums, dtype=torch.float64, device=device)
         self.decode = decode
+        self._plans: dict[int, DecodePlan] = {}  # views are made once for each batch size
+
+    def plan(self, batch: int) -> DecodePlan:
+        """The plan of a batch, on the first rows of the buffers."""
+        if batch not in self._plans:
+            rows = (self.page_ids, self.lengths, self.p, self.sparse)
+            self._plans[batch] = DecodePlan(*(each[:batch] for each in rows))
+        return self._plans[batch]
 
 
 class TritonRuntime(TwilightRuntime):
@@ -101,8 +109,8 @@ class TritonRuntime(TwilightRuntime):
         """
         if seq_lens is None:
             return False
-        long = seq_lens[seq_lens >= self.config.min_context_tokens]
-        tokens = int(long.sum())
+        lengths = seq_lens.numpy()
+        tokens = int(lengths[lengths >= self.config.min_context_tokens].sum())
         return tokens == 0 or tokens * self._layer_token_bytes < self.config.min_step_mb * 1e6
 
     def begin_step(self, *, dense: bool) -> None:
@@ -119,12 +127,7 @@ class TritonRuntime(TwilightRuntime):
         """Snapshot a step's rows into static buffers and claim the pages it needs sealed."""
         batch = request_slots.shape[0]
         buffers = self._current = self._buffers_for(batch)
-        plan = DecodePlan(
-            buffers.page_ids[:batch],
-            buffers.lengths[:batch],
-            buffers.p[:batch],
-            buffers.sparse[:batch],
-        )
+        plan = buffers.plan(batch)
         plan_and_claim(
             req_to_token,
             request_slots,

@@ -19,13 +19,16 @@ class StepSums:
 
     def __init__(self, sums: torch.Tensor) -> None:
         self._sums = sums
-        self._rows: list[list[float]] | None = None
+        self._rows: list[tuple[float, ...]] | None = None
+
+    def __getitem__(self, row: int) -> tuple[float, ...] | None:
+        if self._rows is None:
+            self._rows = self._read() or []
+        return self._rows[row] if row < len(self._rows) else None
 
     @harmless
-    def __getitem__(self, row: int) -> list[float]:
-        if self._rows is None:
-            self._rows = self._sums.tolist()
-        return self._rows[row]
+    def _read(self) -> list[tuple[float, ...]]:
+        return list(map(tuple, self._sums.tolist()))  # of a list SGLang would make a copy
 
 
 class RequestReport:
@@ -48,14 +51,22 @@ class RequestReport:
         self._steps = 0
         self._sums = [0.0] * len(ROW_SUMS)
 
-    @harmless
     def append(self, sums: Sequence[float] | None) -> None:
         """Add a step's sums; a step in which the request was dense has none."""
-        if sums is not None and sums[0] > 0:
-            reused = self._sums[-1] if self._steps else sums[-1]  # not again after a retraction
-            self._sums = [total + more for total, more in zip(self._sums, sums, strict=True)]
-            self._sums[-1] = reused
-            self._steps += 1
+        if sums and sums[0] > 0:
+            self._add(sums)
+
+    @harmless
+    def _add(self, sums: Sequence[float]) -> None:
+        context, candidates, kept, mass, reused = sums
+        total = self._sums
+        total[0] += context
+        total[1] += candidates
+        total[2] += kept
+        total[3] += mass
+        if not self._steps:  # not again after a retraction
+            total[4] = reused
+        self._steps += 1
 
     def __getitem__(self, tokens: slice) -> list[dict[str, Any] | None]:
         values: list[dict[str, Any] | None] = [None] * max(tokens.stop - (tokens.start or 0), 0)
