@@ -16,7 +16,7 @@ from twilight_sgl.errors import TwilightError
 
 ENVIRONMENT_VARIABLE = "TWILIGHT_CONFIG"
 FLAG_PREFIX = "--twilight-"
-ESTIMATORS = ("int4", "exact")
+ESTIMATORS = ("int4", "int4_centred", "exact")
 PRUNERS = ("top_p", "none")
 BOUNDS = ("auto", "float8", "keys")
 PAGE_SIZES = (16, 32, 64)
@@ -47,7 +47,9 @@ class TwilightConfig:
         2048, "a fraction of the context comes to at least so many candidates; 0: to itself"
     )
     estimator: str = _knob(
-        "int4", "keys that candidates are weighed with: INT4 summaries or the exact KV cache"
+        "int4",
+        "keys that candidates are weighed with: INT4 summaries, INT4 of keys less their page's "
+        "middle, or the exact KV cache",
     )
     pruner: str = _knob(
         "top_p", "what cuts the candidates: top-p, or none to attend to all of them, whatever p is"
@@ -125,8 +127,8 @@ class TwilightConfig:
 
     @property
     def keeps_int4_keys(self) -> bool:
-        """Whether page summaries hold INT4 keys: only the `int4` estimator reads them."""
-        return self.pruner == "top_p" and self.estimator == "int4"
+        """Whether page summaries hold INT4 keys: the `exact` estimator does not read them."""
+        return self.pruner == "top_p" and self.estimator != "exact"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> "TwilightConfig":

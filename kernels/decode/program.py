@@ -77,7 +77,9 @@ def decode_kernel(
     p_ptr,
     budget_ptr,
     scores_ptr,
+    middles_ptr,
     candidate_page_ids_ptr,
+    positions_ptr,
     counts_ptr,
     candidate_tokens_ptr,
     kept_tokens_ptr,
@@ -94,6 +96,7 @@ def decode_kernel(
     out_ptr,
     parts,
     stride_scores,
+    stride_middles,
     width,
     stride_page_ids,
     stride_q_row,
@@ -110,6 +113,7 @@ def decode_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     EXACT: tl.constexpr,
+    CENTRED: tl.constexpr,
     SLACK: tl.constexpr,
     SUMMED: tl.constexpr,
     SCORE: tl.constexpr,
@@ -122,6 +126,7 @@ def decode_kernel(
     G: tl.constexpr,
     G_ROWS: tl.constexpr,
     G_PAD: tl.constexpr,
+    SCORE_ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -172,9 +177,14 @@ def decode_kernel(
         pair_logits_ptr = logits_ptr + pair64 * G * (width * PS)
         digits_ptr = q_codes_ptr
         scale_sum_ptr = q_scale_sum_ptr
+        pair_middles_ptr = middles_ptr
+        pair_positions_ptr = positions_ptr
         if not EXACT:
             digits_ptr += pair * G * 2 * D
             scale_sum_ptr += pair * G * 2
+        if CENTRED:
+            pair_middles_ptr += pair64 * stride_middles
+            pair_positions_ptr += pair64 * width
         if part == 0:
             tl.store(kept_tokens_ptr + pair, 0)
             if not EXACT:
@@ -190,7 +200,7 @@ def decode_kernel(
                 )
 
         of_maxima, of_minima = split_query(
-            q_group_ptr, stride_q_head, SLACK, SCORE, G, G_PAD, D, D_PAD
+            q_group_ptr, stride_q_head, SLACK, CENTRED, SCORE, G, SCORE_ROWS, D, D_PAD
         )
         full_pages = (length - 1) // PS
         step = parts * SCORE_PAGES
@@ -202,15 +212,19 @@ def decode_kernel(
                 of_maxima,
                 of_minima,
                 min_max_ptr,
+                pair_middles_ptr,
                 page,
+                column,
                 inside,
                 head_kv,
                 SLACK,
                 SUMMED,
+                CENTRED,
                 SCORE,
                 HK,
                 G,
-                G_PAD,
+                G_ROWS,
+                SCORE_ROWS,
                 D,
                 D_PAD,
             )
@@ -228,6 +242,8 @@ def decode_kernel(
         mine = chosen & (rank % parts == part)
         page_id = tl.load(row_page_ids_ptr + position, mine, other=0)
         tl.store(pages_ptr + rank, page_id, mine)
+        if CENTRED:
+            tl.store(pair_positions_ptr + rank, position, mine)
         if part == 0:
             tl.store(counts_ptr + pair, count)
             tl.store(candidate_tokens_ptr + pair, tokens)
@@ -240,6 +256,8 @@ def decode_kernel(
             scale_zero_ptr,
             digits_ptr,
             scale_sum_ptr,
+            pair_middles_ptr,
+            pair_positions_ptr,
             pages_ptr,
             pair_logits_ptr + head[:, None] * (width * PS),
             head_kv,
@@ -254,9 +272,11 @@ def decode_kernel(
             logit_cap,
             HAS_CAP,
             EXACT,
+            CENTRED,
             COMPUTE,
             HK,
             G,
+            G_ROWS,
             G_PAD,
             D,
             D_PAD,

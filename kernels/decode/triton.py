@@ -24,7 +24,7 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
-from twilight_sgl.kernels.page_score.triton import score_dtype
+from twilight_sgl.kernels.page_score.triton import product_rows, score_dtype
 
 MOST_COLUMNS = 2048
 MOST_PARTS = 32  # programs that share a (request, KV head)
@@ -65,7 +65,9 @@ def decode_layer(
     p: torch.Tensor,
     budgets: torch.Tensor,
     scores: torch.Tensor,
+    middles: torch.Tensor | None,
     candidate_page_ids: torch.Tensor,
+    positions: torch.Tensor | None,
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
@@ -122,7 +124,9 @@ def decode_layer(
         p,
         budgets,
         scores,
+        middles,
         candidate_page_ids,
+        positions,
         counts,
         candidate_tokens,
         kept_tokens,
@@ -139,6 +143,7 @@ def decode_layer(
         out,
         parts,
         scores.stride(1),
+        0 if middles is None else middles.stride(1),
         candidate_page_ids.shape[-1],
         page_ids.stride(0),
         q.stride(0),
@@ -155,6 +160,7 @@ def decode_layer(
         HAS_CAP=logit_cap != 0,
         HAS_SINKS=sinks is not None,
         EXACT=codes is None,
+        CENTRED=middles is not None,
         SLACK=slack,
         SUMMED=summed,
         SCORE=score_dtype(q.dtype, min_max.dtype),
@@ -167,6 +173,7 @@ def decode_layer(
         G=group,
         G_ROWS=rows,
         G_PAD=max(16, rows),
+        SCORE_ROWS=product_rows(group, middles is not None),
         D=dim,
         D_PAD=triton.next_power_of_2(dim),
         HALF_PAD=max(32, triton.next_power_of_2(dim // 2)),

@@ -2,7 +2,7 @@
 
 import torch
 
-from twilight_sgl.kernels.seal.reference import dequantize_int4
+from twilight_sgl.kernels.seal.reference import dequantize_int4, page_middles
 
 
 def soft_cap(logits: torch.Tensor, logit_cap: float) -> torch.Tensor:
@@ -44,6 +44,7 @@ def estimate_logits(
     *,
     sm_scale: float,
     logit_cap: float = 0.0,
+    min_max: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Estimate the scaled logits of every token of the candidate pages.
 
@@ -59,6 +60,8 @@ def estimate_logits(
         page_ids, positions, seq_lens: as in `candidate_tokens`.
         sm_scale: softmax scale, usually D ** -0.5.
         logit_cap: see `soft_cap`.
+        min_max: [P, HK, 2, D] bounds of the pages, for INT4 keys that are less their page's middle
+            (the `int4_centred` estimator), see `page_codes`.
     Returns:
         [B, HQ, C * PS] float32, -inf where there is no token.
     """
@@ -71,6 +74,9 @@ def estimate_logits(
         keys = key_cache[page, offset, head].float()  # [B, HK, C * PS, D]
     else:
         keys = dequantize_int4(codes[page, head, offset], scale_zero[page, head, offset])
+        if min_max is not None:
+            middles = page_middles(min_max[page[..., ::page_size], head])  # [B, HK, C, D]
+            keys += middles.repeat_interleave(page_size, 2)
         open_from = (seq_lens.long() - 1).clamp(min=0) // page_size * page_size
         is_open = token_positions >= open_from.view(-1, 1, 1)
         exact = key_cache[page[is_open], offset[is_open], head.expand_as(page)[is_open]]

@@ -119,6 +119,8 @@ def estimate_pages(
     scale_zero_ptr,
     q_codes_ptr,
     q_scale_sum_ptr,
+    middles_ptr,
+    positions_ptr,
     pages_ptr,
     out_ptr,
     head_kv,
@@ -133,9 +135,11 @@ def estimate_pages(
     logit_cap,
     HAS_CAP: tl.constexpr,
     EXACT: tl.constexpr,
+    CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
+    G_ROWS: tl.constexpr,
     G_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -150,6 +154,8 @@ def estimate_pages(
     Args:
         q_group_ptr: the group's [G, D]; keys_head_ptr: the KV head's keys by slot.
         q_codes_ptr, q_scale_sum_ptr: the group's digits, see `quantize_query`.
+        middles_ptr, positions_ptr: with CENTRED, the (request, KV head)'s [T, G_ROWS] products
+            with pages' middles, and its candidates' logical pages.
         pages_ptr: the (request, KV head)'s candidates, count of them; the last is the open page,
             which holds open_tokens.
         out_ptr: [G_PAD, 1] pointers to each head's logits.
@@ -218,6 +224,15 @@ def estimate_pages(
             products = first.to(tl.float32) + second.to(tl.float32) * (1.0 / 254.0)
             logits = products * q_scale[:, None] * scale.to(tl.float32)[None, :]
             logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
+            if CENTRED:
+                position = tl.load(positions_ptr + candidate, inside, other=0)
+                middle = tl.load(
+                    middles_ptr + position[None, :] * G_ROWS + head[:, None],
+                    (head[:, None] < G) & inside[None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                logits += middle * sm_scale
             logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
             tl.store(
                 out_ptr + (candidate * PS + token % PS)[None, :],
@@ -258,12 +273,15 @@ def _estimate_kernel(
     scale_zero_ptr,
     q_codes_ptr,
     q_scale_sum_ptr,
+    middles_ptr,
+    positions_ptr,
     candidate_page_ids_ptr,
     counts_ptr,
     seq_lens_ptr,
     logits_ptr,
     batch,
     width,
+    stride_middles,
     stride_q_row,
     stride_q_head,
     stride_slot,
@@ -272,9 +290,11 @@ def _estimate_kernel(
     logit_cap,
     HAS_CAP: tl.constexpr,
     EXACT: tl.constexpr,
+    CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
+    G_ROWS: tl.constexpr,
     G_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -300,6 +320,11 @@ def _estimate_kernel(
         count = tl.load(counts_ptr + pair)
         length = tl.load(seq_lens_ptr + row)
         first_page = block * ITEM_PAGES
+        pair_middles_ptr = middles_ptr
+        pair_positions_ptr = positions_ptr
+        if CENTRED:
+            pair_middles_ptr += pair * stride_middles
+            pair_positions_ptr += pair * width
         estimate_pages(
             q_ptr + row.to(tl.int64) * stride_q_row + head_kv * G * stride_q_head,
             keys_ptr + head_kv * stride_key_head,
@@ -307,6 +332,8 @@ def _estimate_kernel(
             scale_zero_ptr,
             q_codes_ptr + pair * G * (2 * D),
             q_scale_sum_ptr + pair * G * 2,
+            pair_middles_ptr,
+            pair_positions_ptr,
             candidate_page_ids_ptr + pair * width,
             logits_ptr + (pair * G + head[:, None]) * (width * PS),
             head_kv,
@@ -321,9 +348,11 @@ def _estimate_kernel(
             logit_cap,
             HAS_CAP,
             EXACT,
+            CENTRED,
             COMPUTE,
             HK,
             G,
+            G_ROWS,
             G_PAD,
             D,
             D_PAD,
@@ -351,6 +380,8 @@ def estimate_logits(
     scale_zero: torch.Tensor | None,
     q_codes: torch.Tensor | None,
     q_scale_sum: torch.Tensor | None,
+    middles: torch.Tensor | None,
+    positions: torch.Tensor | None,
     candidate_page_ids: torch.Tensor,
     counts: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -369,6 +400,8 @@ def estimate_logits(
         key_cache: [P, PS, HK, D] one layer's keys by page.
         codes, scale_zero: [P, HK, PS, D // 2] uint8, [P, HK, PS, 2] float16, or None.
         q_codes, q_scale_sum: from `quantize_query`, or None.
+        middles, positions: [B, HK, T, G_ROWS] float32 from `page_scores` and [B, HK, C] int32 from
+            `select_pages`, for INT4 keys that are less their page's middle; else None.
         candidate_page_ids, counts: [B, HK, C] and [B, HK] int32 from `select_pages`; a row's
             heads all have the same count.
         seq_lens: [B] int32.
@@ -390,12 +423,15 @@ def estimate_logits(
         None if scale_zero is None else scale_zero.view(torch.int32),  # scale low, zero high
         q if q_codes is None else q_codes,
         q if q_scale_sum is None else q_scale_sum,
+        middles,
+        positions,
         candidate_page_ids,
         counts,
         seq_lens,
         logits,
         batch,
         candidate_page_ids.shape[-1],
+        0 if middles is None else middles.stride(1),
         q.stride(0),
         q.stride(1),
         key_cache.stride(1),
@@ -404,9 +440,11 @@ def estimate_logits(
         logit_cap,
         HAS_CAP=logit_cap != 0,
         EXACT=codes is None,
+        CENTRED=middles is not None,
         COMPUTE=compute_dtype(q.dtype),
         HK=heads_kv,
         G=group,
+        G_ROWS=triton.next_power_of_2(group),
         G_PAD=max(16, triton.next_power_of_2(group)),
         D=dim,
         D_PAD=triton.next_power_of_2(dim),

@@ -19,6 +19,7 @@ def split_query(
     q_ptr,
     stride_head,
     SLACK: tl.constexpr,
+    CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
@@ -28,15 +29,23 @@ def split_query(
     """What of a group's queries meets maxima and what minima, [G_PAD, D_PAD] each.
 
     In units of (1 + SLACK) / 2, in which no rounding is needed for a SLACK of 1 (the positive and
-    the negative part of a query) or 1 / 3 (the rest counts half).
+    the negative part of a query) or 1 / 3 (the rest counts half). With CENTRED the rows from
+    G_PAD / 2 on are the queries themselves.
     """
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, D_PAD)
-    inside = (head[:, None] < G) & (channel[None, :] < D)
-    q = tl.load(q_ptr + head[:, None] * stride_head + channel[None, :], inside, other=0.0)
+    member = head
+    if CENTRED:
+        member = head % (G_PAD // 2)
+    inside = (member[:, None] < G) & (channel[None, :] < D)
+    q = tl.load(q_ptr + member[:, None] * stride_head + channel[None, :], inside, other=0.0)
     q = q.to(tl.float32)
     reach = SLACK * tl.abs(q)
     unit = 1.0 / (1.0 + SLACK)
+    if CENTRED:
+        is_bound = (head < G_PAD // 2)[:, None]
+        reach = tl.where(is_bound, reach, 0.0)
+        unit = tl.where(is_bound, unit, 1.0)
     return ((q + reach) * unit).to(COMPUTE), ((q - reach) * unit).to(COMPUTE)
 
 
@@ -45,19 +54,27 @@ def score_pages(
     of_maxima,
     of_minima,
     min_max_ptr,
+    middles_ptr,
     page,
+    position,
     inside,
     head_kv,
     SLACK: tl.constexpr,
     SUMMED: tl.constexpr,
+    CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
+    G_ROWS: tl.constexpr,
     G_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """[BLOCK] float32: a group's products with [BLOCK] pages' boxes, summed or the largest."""
+    """[BLOCK] float32: a group's products with [BLOCK] pages' boxes, summed or the largest.
+
+    With CENTRED also writes its products with the boxes' middles to middles_ptr, the (request, KV
+    head)'s [T, G_ROWS] by logical page, `position`.
+    """
     channel = tl.arange(0, D_PAD)
     base = (page.to(tl.int64) * HK + head_kv) * (2 * D)
     bounds_ptr = min_max_ptr + base[:, None] + channel[None, :]
@@ -66,10 +83,19 @@ def score_pages(
     high = tl.load(bounds_ptr + D, bounds_inside, other=0.0).to(COMPUTE)
     score = tl.dot(of_maxima, tl.trans(high), input_precision="ieee")
     score = tl.dot(of_minima, tl.trans(low), score, input_precision="ieee")  # [G_PAD, BLOCK]
+    head = tl.arange(0, G_PAD)
+    if CENTRED:
+        member = head - G_PAD // 2
+        tl.store(
+            middles_ptr + position[None, :] * G_ROWS + member[:, None],
+            score * 0.5,
+            (member[:, None] >= 0) & (member[:, None] < G) & inside[None, :],
+        )
     score *= (1.0 + SLACK) * 0.5
     if SUMMED:
+        if CENTRED:
+            score = tl.where(head[:, None] < G, score, 0.0)
         return tl.sum(score, 0)  # rows from G on are zero
-    head = tl.arange(0, G_PAD)
     return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
 
@@ -81,16 +107,20 @@ def _page_score_kernel(
     seq_lens_ptr,
     sparse_ptr,
     scores_ptr,
+    middles_ptr,
     batch,
     stride_scores,
+    stride_middles,
     stride_q_row,
     stride_q_head,
     stride_page_ids,
     SLACK: tl.constexpr,
     SUMMED: tl.constexpr,
+    CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
+    G_ROWS: tl.constexpr,
     G_PAD: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -118,24 +148,32 @@ def _page_score_kernel(
             q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
             stride_q_head,
             SLACK,
+            CENTRED,
             COMPUTE,
             G,
             G_PAD,
             D,
             D_PAD,
         )
+        pair_middles_ptr = middles_ptr
+        if CENTRED:
+            pair_middles_ptr += (row64 * HK + head_kv) * stride_middles
         score = score_pages(
             of_maxima,
             of_minima,
             min_max_ptr,
+            pair_middles_ptr,
             page,
+            position,
             inside,
             head_kv,
             SLACK,
             SUMMED,
+            CENTRED,
             COMPUTE,
             HK,
             G,
+            G_ROWS,
             G_PAD,
             D,
             D_PAD,
@@ -162,6 +200,12 @@ def score_dtype(q_dtype: torch.dtype, bounds_dtype: torch.dtype) -> tl.dtype:
     return compute_dtype(q_dtype)
 
 
+def product_rows(group: int, centred: bool) -> int:
+    """G_PAD of a score's product: rows of a group's queries, of which middles take a half."""
+    rows = triton.next_power_of_2(group)
+    return max(16, 2 * rows if centred else rows)
+
+
 def page_scores(
     q: torch.Tensor,
     min_max: torch.Tensor,
@@ -169,6 +213,7 @@ def page_scores(
     seq_lens: torch.Tensor,
     sparse: torch.Tensor,
     scores: torch.Tensor,
+    middles: torch.Tensor | None,
     *,
     page_size: int,
     slack: float = 1.0,
@@ -182,11 +227,15 @@ def page_scores(
         page_ids: [B, T] int32; seq_lens: [B] int32; sparse: [B] bool: see `DecodePlan`.
         scores: [B, HK, T] float32, written for the pages before the one that holds the newest
             token; the rest keeps what it held.
+        middles: [B, HK, T, G_ROWS] float32, G_ROWS being the next power of two of G: written for
+            the same pages, the unscaled product of the group's query head g with the middle of the
+            page's bounds in column g; None for estimators other than `int4_centred`.
         page_size: PS, tokens.
         slack, summed: see `reference.page_scores`; compiled in.
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
+    group = heads_q // heads_kv
     block, stages, warps, programs = _tiling(
         batch * heads_kv * page_ids.shape[1], 2 * dim * min_max.element_size()
     )
@@ -197,17 +246,21 @@ def page_scores(
         seq_lens,
         sparse,
         scores,
+        middles,
         batch,
         scores.stride(1),
+        0 if middles is None else middles.stride(1),
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),
         SLACK=slack,
         SUMMED=summed,
+        CENTRED=middles is not None,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,
-        G=heads_q // heads_kv,
-        G_PAD=max(16, triton.next_power_of_2(heads_q // heads_kv)),
+        G=group,
+        G_ROWS=triton.next_power_of_2(group),
+        G_PAD=product_rows(group, middles is not None),
         D=dim,
         D_PAD=triton.next_power_of_2(dim),
         PS=page_size,

@@ -95,17 +95,46 @@ def page_bounds(keys: torch.Tensor, bounds_dtype: torch.dtype | None = None) -> 
     return min_max.view(dtype)
 
 
+def page_middles(min_max: torch.Tensor) -> torch.Tensor:
+    """Middle of each channel of page bounds: [..., 2, D] to [..., D] float32."""
+    least, greatest = min_max.float().unbind(-2)
+    return (least + greatest) * 0.5
+
+
+def page_codes(
+    keys: torch.Tensor, min_max: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """INT4 keys of full pages, less their page's middle where bounds are given.
+
+    A channel whose keys are large and alike, as biases make it, then no longer sets the scale of
+    all the others. What an infinite bound leaves of a key may be NaN, which counts as 0.
+
+    Args:
+        keys: [M, PS, HK, D] the pages' keys, any float dtype; NaN counts as 0.
+        min_max: [M, HK, 2, D] the pages' bounds as they are stored.
+    Returns:
+        codes: [M, HK, PS, D // 2] uint8 and scale_zero: [M, HK, PS, 2] float16, see
+            `quantize_int4`.
+    """
+    keys = keys.transpose(1, 2)
+    if min_max is not None:
+        keys = _numbers(keys) - page_middles(min_max).unsqueeze(2)
+    return quantize_int4(keys)
+
+
 def summarize(
-    keys: torch.Tensor, bounds_dtype: torch.dtype | None = None
+    keys: torch.Tensor, bounds_dtype: torch.dtype | None = None, centred: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Build the summaries of full pages.
 
     Args:
         keys: [M, PS, HK, D] the pages' keys, any float dtype; NaN counts as 0.
         bounds_dtype: of min_max, see `page_bounds`.
+        centred: whether INT4 keys are less their page's middle, see `page_codes`.
     Returns:
         min_max: [M, HK, 2, D], see `page_bounds`.
-        codes: [M, HK, PS, D // 2] uint8, see `quantize_int4`.
+        codes: [M, HK, PS, D // 2] uint8, see `page_codes`.
         scale_zero: [M, HK, PS, 2] float16.
     """
-    return page_bounds(keys, bounds_dtype), *quantize_int4(keys.transpose(1, 2))
+    min_max = page_bounds(keys, bounds_dtype)
+    return min_max, *page_codes(keys, min_max if centred else None)

@@ -47,6 +47,14 @@ def _bound(values, UP: tl.constexpr, OUTWARD: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
+def _less_middle(keys, least, most):
+    """[HEADS, PS, HALF_PAD] keys less the middle of [HEADS, HALF_PAD] bounds as they are stored."""
+    middle = (least.to(tl.float32) + most.to(tl.float32)) * 0.5
+    rest = keys - middle[:, None, :]
+    return tl.where(rest == rest, rest, 0.0)  # of infinite bounds
+
+
+@triton.jit
 def _seal_kernel(
     key_pointers_ptr,
     min_max_ptr,
@@ -69,6 +77,7 @@ def _seal_kernel(
     LEVELS: tl.constexpr,
     F16_MAX: tl.constexpr,
     HAS_CODES: tl.constexpr,
+    CENTRED: tl.constexpr,
     HAS_CLOCK: tl.constexpr,
 ):
     HALF: tl.constexpr = D // 2
@@ -111,6 +120,9 @@ def _seal_kernel(
         tl.store(bounds_ptr + D + HALF, most_high, bounds_inside)
 
         if HAS_CODES:
+            if CENTRED:
+                low_half = _less_middle(low_half, least_low, most_low)
+                high_half = _less_middle(high_half, least_high, most_high)
             infinity = float("inf")
             low = tl.min(tl.where(inside, tl.minimum(low_half, high_half), infinity), 2)
             high = tl.max(tl.where(inside, tl.maximum(low_half, high_half), -infinity), 2)
@@ -147,6 +159,8 @@ def seal_pages(
     page_ids: torch.Tensor,
     num_page_ids: torch.Tensor,
     clock: torch.Tensor | None = None,
+    *,
+    centred: bool = False,
 ) -> None:
     """Build the summaries of listed pages in every layer, bit-equal to `reference.summarize`.
 
@@ -166,6 +180,7 @@ def seal_pages(
         clock: [2] int64: the first is lowered to when work began, the second raised to when it
             ended, in nanoseconds of the GPU's clock; left alone where there is no page, and by
             Triton's interpreter, which has no such clock.
+        centred: whether INT4 keys are less their page's middle, see `reference.page_codes`.
     """
     keys = key_caches[0]
     pool_pages, page_size, heads_kv, dim = keys.shape
@@ -196,6 +211,7 @@ def seal_pages(
         LEVELS=float(INT4_LEVELS),
         F16_MAX=FLOAT16_MAX,
         HAS_CODES=codes is not None,
+        CENTRED=centred,
         HAS_CLOCK=clock is not None and not is_interpreted(),
         num_warps=1,
     )

@@ -185,6 +185,7 @@ def _select_kernel(
     budget_ptr,
     q_ptr,
     candidate_page_ids_ptr,
+    positions_ptr,
     counts_ptr,
     candidate_tokens_ptr,
     kept_tokens_ptr,
@@ -212,6 +213,7 @@ def _select_kernel(
     DV_PAD: tl.constexpr,
     COLUMNS_PAD: tl.constexpr,
     HAS_CODES: tl.constexpr,
+    CENTRED: tl.constexpr,
     HAS_CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     PDL: tl.constexpr,
@@ -253,6 +255,8 @@ def _select_kernel(
         )
         slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
         tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
+        if CENTRED:
+            tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
         tokens = count * PS - (pages * PS - length)
     if HAS_CHUNKS:
         chunk = tl.arange(0, CHUNKS_PAD)
@@ -276,6 +280,7 @@ def select_pages(
     budgets: torch.Tensor,
     q: torch.Tensor,
     candidate_page_ids: torch.Tensor,
+    positions: torch.Tensor | None,
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
@@ -302,6 +307,8 @@ def select_pages(
         q: [B, HQ, D].
         candidate_page_ids: [B, HK, C] int32, written: the candidates' physical pages in the order
             of their tokens; the rest keeps what it held.
+        positions: [B, HK, C] int32, written: the same candidates' logical pages; None where nothing
+            reads them.
         counts: [B, HK] int32, written: candidate pages; 0 for rows that are not sparse.
         candidate_tokens: [B, HK] int32, written: tokens of them; all tokens of a row that is
             not sparse.
@@ -324,6 +331,7 @@ def select_pages(
         budgets,
         q,
         candidate_page_ids,
+        positions,
         counts,
         candidate_tokens,
         kept_tokens,
@@ -351,6 +359,7 @@ def select_pages(
         DV_PAD=triton.next_power_of_2(out.shape[-1]),
         COLUMNS_PAD=columns_pad,
         HAS_CODES=q_codes is not None,
+        CENTRED=positions is not None,
         HAS_CHUNKS=chunk_counts is not None,
         CHUNKS_PAD=triton.next_power_of_2(num_chunks),
         **launch_options(_warps(columns_pad, batch * heads_kv)),

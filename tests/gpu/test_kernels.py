@@ -79,6 +79,20 @@ CASES = [
     Case("fp8", RAGGED, 8, 2, 128, dtype=BF16, cache_dtype=FP8, budget=0.25),
     Case("fp8-exact-fp16-q", RAGGED, 8, 2, 64, dtype=FP16, cache_dtype=FP8, estimator="exact"),
     Case("exact", RAGGED, 32, 8, 128, estimator="exact", dtype=BF16, budget=0.25),
+    Case("centred", RAGGED, 14, 2, 64, dtype=BF16, estimator="int4_centred", budget=0.25),
+    Case(
+        "centred-fp8-bounds",
+        RAGGED,
+        32,
+        8,
+        128,
+        dtype=BF16,
+        bounds_dtype=FP8,
+        estimator="int4_centred",
+        budget=0.25,
+        key_offset=9.0,
+    ),
+    Case("centred-g16", RAGGED, 16, 1, 128, dtype=BF16, estimator="int4_centred", budget=0.25),
     Case("quest-only", RAGGED, 32, 8, 128, prune=False, dtype=BF16, budget=0.25),
     Case("p1-and-dense", RAGGED, 14, 2, 64, dtype=BF16, p=(1.0,) * 11, dense=(2, 7)),
     Case(
@@ -139,7 +153,7 @@ def test_pipeline_equals_reference_and_itself(case: Case, one_launch: bool) -> N
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("estimator", ["int4", "exact"])
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred", "exact"])
 @pytest.mark.parametrize("batch", [1, 5], ids=["few-pairs", "many-pairs"])
 def test_programs_that_wait_for_each_other_fit_on_the_gpu(
     dim: int, estimator: str, batch: int
@@ -163,8 +177,9 @@ def test_programs_that_wait_for_each_other_fit_on_the_gpu(
 
 
 @pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
-def test_graph_replay_equals_eager_for_other_requests(one_launch: bool) -> None:
-    case = Case("graph", RAGGED, 32, 8, 128, budget=0.25, dtype=BF16, p=0.9)
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred"])
+def test_graph_replay_equals_eager_for_other_requests(estimator: str, one_launch: bool) -> None:
+    case = Case("graph", RAGGED, 32, 8, 128, budget=0.25, dtype=BF16, estimator=estimator)
     drawn = draw(case)
     decode = decoder(case, drawn, one_launch=one_launch)
     run(case, drawn, decode)
@@ -212,11 +227,14 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
         assert torch.equal(got[0, shift:], expected)
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["", "centred"])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP8], ids=["bf16", "fp16", "fp8"])
 @pytest.mark.parametrize(
     "size,heads,dim", [(16, 8, 128), (16, 2, 64), (32, 3, 80), (64, 1, 256), (16, 32, 96)]
 )
-def test_seal_is_bit_equal(dtype: torch.dtype, size: int, heads: int, dim: int) -> None:
+def test_seal_is_bit_equal(
+    dtype: torch.dtype, size: int, heads: int, dim: int, centred: bool
+) -> None:
     layers, pool = 3, 700
     generator = torch.Generator("cuda").manual_seed(0)
     keys = []
@@ -233,10 +251,11 @@ def test_seal_is_bit_equal(dtype: torch.dtype, size: int, heads: int, dim: int) 
     min_max = torch.zeros(layers, pool, heads, 2, dim, dtype=dtype, device="cuda")
     codes = torch.full((layers, pool, heads, size, dim // 2), 7, dtype=torch.uint8, device="cuda")
     scale_zero = torch.zeros(layers, pool, heads, size, 2, dtype=torch.float16, device="cuda")
-    seal_pages(keys, layer_pointers(keys), min_max, codes, scale_zero, listed, count)
+    summaries = (min_max, codes, scale_zero)
+    seal_pages(keys, layer_pointers(keys), *summaries, listed, count, centred=centred)
     pages, rest = listed[: pool - 100].long(), listed[pool - 100 :].long()
     for layer in range(layers):
-        expected = summarize(keys[layer][pages])
+        expected = summarize(keys[layer][pages], centred=centred)
         assert torch.equal(min_max[layer][pages].float(), expected[0].float())
         assert torch.equal(codes[layer][pages], expected[1])
         assert torch.equal(scale_zero[layer][pages], expected[2])

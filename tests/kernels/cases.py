@@ -25,6 +25,7 @@ class Case:
         lengths: tokens of each request, 0 for a padded row.
         dense: rows that are not sparse.
         p: mass to keep, one for all rows or one each.
+        key_offset: what is added to the keys of two channels, as biases do.
         sink_logits: standard deviation of learned attention sinks; None for none.
     """
 
@@ -47,6 +48,7 @@ class Case:
     logit_cap: float = 0.0
     sink_logits: float | None = None
     q_scale: float = 1.0
+    key_offset: float = 0.0
     prune: bool = True
     min_candidate_tokens: int = 0
     selector: str = "quest"
@@ -102,13 +104,15 @@ def draw(case: Case, *, seed: int = 0, poison: bool = True, device: str = DEVICE
             shape = (tokens, case.heads_kv)
             keys[page, :tokens] = torch.randn(*shape, case.dim, generator=rng)
             values[page, :tokens] = torch.randn(*shape, dim_v, generator=rng)
+    keys[..., [1, case.dim - 2]] += case.key_offset
     keys, values = keys.to(cache_dtype), values.to(cache_dtype)
     min_max = torch.full((pool, case.heads_kv, 2, case.dim), nan)
     min_max = min_max.to(case.bounds_dtype or cache_dtype)
     codes = torch.full((pool, case.heads_kv, size, case.dim // 2), 255, dtype=torch.uint8)
     scale_zero = torch.full((pool, case.heads_kv, size, 2), nan, dtype=torch.float16)
     if full:
-        min_max[full], codes[full], scale_zero[full] = summarize(keys[full], case.bounds_dtype)
+        summaries = summarize(keys[full], case.bounds_dtype, case.selection.centred)
+        min_max[full], codes[full], scale_zero[full] = summaries
     q = torch.randn(batch, case.heads_q, case.dim, generator=rng) * case.q_scale
     p = case.p if isinstance(case.p, tuple) else (case.p,) * batch
     sparse = [row not in case.dense for row in range(batch)]
@@ -162,7 +166,15 @@ def expected_output(case: Case, drawn: Drawn, positions: torch.Tensor) -> LayerO
     exact = selection.estimator == "exact"
     codes, scale_zero = (None, None) if exact else (cache.codes, cache.scale_zero)
     logits = estimate_logits(
-        drawn.q, cache.keys, codes, scale_zero, plan.page_ids, positions, plan.seq_lens, **scales
+        drawn.q,
+        cache.keys,
+        codes,
+        scale_zero,
+        plan.page_ids,
+        positions,
+        plan.seq_lens,
+        **scales,
+        min_max=cache.min_max if selection.centred else None,
     )
     slots, token_positions = candidate_tokens(
         plan.page_ids, positions, plan.seq_lens, selection.page_size

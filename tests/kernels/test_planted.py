@@ -126,13 +126,22 @@ def decoder(shape: Shape, selection: Selection, dtype: torch.dtype) -> TritonDec
     )
 
 
-@pytest.mark.parametrize("bounds", BOUNDS)
-def test_every_layer_of_a_trace_is_checked_and_described(tmp_path: Path, bounds: str) -> None:
+@pytest.mark.parametrize(
+    ("bounds", "estimator"), [*((bounds, "int4") for bounds in BOUNDS), ("fp8", "int4_centred")]
+)
+def test_every_layer_of_a_trace_is_checked_and_described(
+    tmp_path: Path, bounds: str, estimator: str
+) -> None:
     path = saved_trace(tmp_path / "trace.pt")
+    selection = Selection(16, 0.25, 4, 8, estimator)
     shape, layers = traced_layers(
-        str(path), batch=2, p=0.9, bounds_dtype=BOUNDS[bounds], device=DEVICE
+        str(path),
+        batch=2,
+        p=0.9,
+        bounds_dtype=BOUNDS[bounds],
+        centred=selection.centred,
+        device=DEVICE,
     )
-    selection = Selection(16, 0.25, 4, 8)
     result, moved = check(shape, layers, selection, decoder(shape, selection, torch.bfloat16))
     assert "wrong" not in result
     assert result["bounds"] == {"key": "bfloat16", "fp8": "float8_e4m3fn"}[bounds]
@@ -150,7 +159,8 @@ def test_every_layer_of_a_trace_is_checked_and_described(tmp_path: Path, bounds:
     assert set(moved) == {"score", "select", "attend", "estimate", "top_p", "union"}
     full_pages = 2 * 2 * ((shape.context - 1) // 16)
     bound_bytes = {"key": 2, "fp8": 1}[bounds]
-    assert moved["score"] == full_pages * (2 * 64 * bound_bytes + 4)
+    middle_bytes = 2 * 4 if selection.centred else 0  # of a group's two heads
+    assert moved["score"] == full_pages * (2 * 64 * bound_bytes + 4 + middle_bytes)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

@@ -49,6 +49,7 @@ def seal(
     count: int,
     bounds_dtype: torch.dtype | None = None,
     has_codes: bool = True,
+    centred: bool = False,
 ) -> list[torch.Tensor]:
     pool, size, heads, dim = keys[0].shape
     layers = len(keys)
@@ -60,8 +61,9 @@ def seal(
         return [min_max]
     codes = torch.full((layers, pool, heads, size, dim // 2), 7, dtype=torch.uint8, device=DEVICE)
     scale_zero = torch.full((layers, pool, heads, size, 2), 9.0, device=DEVICE).half()
-    seal_pages(keys, layer_pointers(keys), min_max, codes, scale_zero, listed, number)
-    return [min_max, codes, scale_zero]
+    summaries = [min_max, codes, scale_zero]
+    seal_pages(keys, layer_pointers(keys), *summaries, listed, number, centred=centred)
+    return summaries
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,17 +78,19 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("centred", [False, True], ids=["", "centred"])
 @pytest.mark.parametrize(("dtype", "shape", "bounds"), CASES)
 def test_bit_equal(
-    dtype: torch.dtype, shape: tuple[int, int, int], bounds: torch.dtype | None
+    dtype: torch.dtype, shape: tuple[int, int, int], bounds: torch.dtype | None, centred: bool
 ) -> None:
     size, heads, dim = shape
     keys = draw_keys(dtype, size, heads, dim)
     listed = torch.tensor([6, 1, 9, 3, 8, 2, 5, 10, 7, 4, 0], dtype=torch.int32, device=DEVICE)
-    summaries = seal(keys, listed, 10, bounds)
+    summaries = seal(keys, listed, 10, bounds, centred=centred)
     pages = listed[:10].long()
     for layer, key in enumerate(keys):
-        for got, expected in zip(summaries, summarize(key[pages], bounds), strict=True):
+        reference = summarize(key[pages], bounds, centred)
+        for got, expected in zip(summaries, reference, strict=True):
             assert torch.equal(bits(got[layer][pages]), bits(expected))
             assert not expected.float().isnan().any()
     assert (summaries[1][:, [0, 11]] == 7).all()

@@ -82,15 +82,34 @@ CASES = [
     Case("fp8-bounds", (140, 17), bounds_dtype=torch.float8_e4m3fn),
     Case("fp8-cache", (90, 17), dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn),
 ]
+CENTRED = [
+    Case("centred", AWKWARD, key_offset=9.0),
+    Case("centred-g1-d128-fp8-bounds", SHORT, 2, 2, 128, bounds_dtype=torch.float8_e4m3fn),
+    Case("centred-g3-dense-row", (140, 90, 16, 0), 6, 2, dense=(1,), key_offset=9.0),
+    Case("centred-g3-quest", (140, 33), 6, 2, selector="quest", key_offset=9.0),
+    Case("centred-g7-d80-soft-cap", SHORT, 7, 1, 80, logit_cap=2.0, q_scale=3.0, key_offset=0.5),
+    Case(
+        "centred-g16-d96-fp8-bounds",
+        (70,),
+        16,
+        1,
+        96,
+        bounds_dtype=torch.float8_e4m3fn,
+        key_offset=9.0,
+    ),
+    Case("centred-bf16-ps32", (100, 33), page_size=32, dtype=torch.bfloat16, key_offset=9.0),
+    Case("centred-no-pruner", (90, 17), prune=False),
+]
+CENTRED = [dataclasses.replace(case, estimator="int4_centred") for case in CENTRED]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + CENTRED, ids=lambda case: case.name)
 def test_pipeline_equals_reference(case: Case) -> None:
     check_pipeline(case, one_launch=False)
 
 
 # The stages are shared; tests/gpu runs every case in one launch too.
-@pytest.mark.parametrize("case", CASES[::2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::2] + CENTRED, ids=lambda case: case.name)
 def test_one_launch_equals_reference(case: Case) -> None:
     check_pipeline(case, one_launch=True)
 
@@ -98,7 +117,7 @@ def test_one_launch_equals_reference(case: Case) -> None:
 def check_pipeline(case: Case, *, one_launch: bool) -> None:
     drawn = draw(case)
     decode = decoder(case, drawn, one_launch=one_launch)
-    for buffer in (decode.scores, decode.logits, decode.out):
+    for buffer in (decode.scores, decode.middles, decode.logits, decode.out):
         if buffer is not None:
             buffer.fill_(float("nan"))
     got = run(case, drawn, decode)
@@ -165,10 +184,15 @@ def test_kept_mass_reaches_p_and_is_minimal_to_the_tolerance(p: float, steps: in
     assert ((weights * surely_needed).sum(-1) < p + 1e-6).all()
 
 
-def test_int4_estimate_equals_reference() -> None:
-    case = Case("estimate", (77, 130, 16), 7, 1, 80, budget=1.0, logit_cap=0.0)
+@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred"])
+def test_int4_estimate_equals_reference(estimator: str, one_launch: bool) -> None:
+    offset = 9.0 if estimator == "int4_centred" else 0.0
+    case = Case(
+        "estimate", (77, 130, 16), 7, 1, 80, budget=0.6, estimator=estimator, key_offset=offset
+    )
     drawn = draw(case)
-    decode = decoder(case, drawn)
+    decode = decoder(case, drawn, one_launch=one_launch)
     run(case, drawn, decode)
     cache, plan = drawn.cache, drawn.plan
     positions = chosen_positions(decode, drawn)
@@ -181,11 +205,12 @@ def test_int4_estimate_equals_reference() -> None:
         positions,
         plan.seq_lens,
         sm_scale=case.dim**-0.5,
+        min_max=cache.min_max if estimator == "int4_centred" else None,
     )
-    for row, length in enumerate(case.lengths):
-        got = decode.logits[row, :, :length]
+    for row, tokens in enumerate(decode.candidate_tokens[:, 0].tolist()):
+        got = decode.logits[row, :, :tokens]
         # Two int8 digits hold 16 bits of q.
-        assert (got - expected[row, :, :length]).abs().max() < 1e-3
+        assert (got - expected[row, :, :tokens]).abs().max() < 1e-3
     mask = top_p_mask(expected, plan.p)
     assert mask.any()
 

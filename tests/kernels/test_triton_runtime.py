@@ -114,6 +114,19 @@ def test_without_a_pruner_all_mass_is_kept() -> None:
     assert (now.kept_mass == now.sparse_rows).all()
 
 
+@pytest.mark.parametrize("bounds", ["keys", "float8"])
+def test_the_audit_knows_centred_keys(bounds: str) -> None:
+    served = Served(estimator="int4_centred", bounds=bounds)
+    served.step([1, 2], [6 * PS + 5, 12 * PS - 3])
+    runtime = served.runtime
+    assert runtime.run_audit() == []
+    for layer in LAYERS:
+        row = runtime.pool.row_of(layer)
+        runtime.pool.codes[row, 1, 0, 0, 0] ^= 1
+    found = [(violation.layer_id, violation.fields) for violation in runtime.run_audit()]
+    assert found == [(layer, ("codes",)) for layer in LAYERS]
+
+
 def test_without_telemetry_nothing_is_counted() -> None:
     served = Served(telemetry=False)
     assert served.step([1], [6 * PS + 5]) is None

@@ -16,7 +16,11 @@ class Sealed:
     """A pool whose pages of `SEALED` were sealed from `keys`."""
 
     def __init__(
-        self, dtype: torch.dtype, bounds: torch.dtype | None = None, has_codes: bool = True
+        self,
+        dtype: torch.dtype,
+        bounds: torch.dtype | None = None,
+        has_codes: bool = True,
+        centred: bool = False,
     ) -> None:
         rng = torch.Generator().manual_seed(0)
         self.keys = {layer: torch.randn(SHAPE, generator=rng).to(dtype) for layer in LAYERS}
@@ -30,6 +34,7 @@ class Sealed:
             dtype=bounds or dtype,
             device="cpu",
             has_codes=has_codes,
+            centred=centred,
         )
         self.pool.seal(torch.tensor(SEALED), self.keys.__getitem__)
 
@@ -41,6 +46,7 @@ STATES = {
     "float32": (torch.float32,),
     "bfloat16": (torch.bfloat16,),
     "float8 bounds": (torch.bfloat16, torch.float8_e4m3fn),
+    "centred": (torch.bfloat16, torch.float8_e4m3fn, True, True),
 }
 
 

@@ -40,6 +40,7 @@ class Step:
         dense: tuple[int, ...] = (),
         unused: float = float("nan"),
         sharpness: float = 1.0,
+        centred: bool = False,
     ) -> "Step":
         rng = torch.Generator().manual_seed(0)
         counts = [-(-length // PS) for length in lengths]
@@ -59,7 +60,7 @@ class Step:
         min_max = torch.full((num_pages, heads_kv, 2, dim), unused)
         codes = torch.full((num_pages, heads_kv, PS, dim // 2), 255, dtype=torch.uint8)
         scale_zero = torch.full((num_pages, heads_kv, PS, 2), unused, dtype=torch.float16)
-        min_max[full], codes[full], scale_zero[full] = summarize(keys[full])
+        min_max[full], codes[full], scale_zero[full] = summarize(keys[full], centred=centred)
         plan = DecodePlan(
             page_ids,
             torch.tensor(lengths, dtype=torch.int32),
@@ -125,12 +126,13 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[list[list[set[int]]]]:
     return seen
 
 
-@pytest.mark.parametrize("estimator", ["int4", "exact"])
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred", "exact"])
 @pytest.mark.parametrize("dim", [64, 80], ids=["D64", "D80"])
 @pytest.mark.parametrize("group", [1, 3, 7], ids=["G1", "G3", "G7"])
 def test_everything_kept_is_dense_attention(group: int, dim: int, estimator: str) -> None:
-    step = Step.draw(group=group, dim=dim)
-    result = step.run(replace(ALL, estimator=estimator))
+    selection = replace(ALL, estimator=estimator)
+    step = Step.draw(group=group, dim=dim, centred=selection.centred)
+    result = step.run(selection)
     for row, length in enumerate(RAGGED):
         if length:
             assert (result.output[row] - step.dense(row)).abs().max() <= 1e-5
@@ -252,12 +254,12 @@ def test_rows_do_not_depend_on_each_other() -> None:
         assert (alone.output[0] - together.output[row]).abs().max() <= 1e-6
 
 
-@pytest.mark.parametrize("estimator", ["int4", "exact"])
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred", "exact"])
 @pytest.mark.parametrize("p", [0.8, 1.0])
 def test_memory_that_nothing_wrote_changes_nothing(p: float, estimator: str) -> None:
     selection = replace(HALF, estimator=estimator)
     clean, poisoned, large = (
-        Step.draw(p=p, dense=(5,), unused=unused).run(selection)
+        Step.draw(p=p, dense=(5,), unused=unused, centred=selection.centred).run(selection)
         for unused in (0.0, float("nan"), 3e4)
     )
     for other in (poisoned, large):

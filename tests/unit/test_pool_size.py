@@ -27,6 +27,7 @@ SETTINGS = {
     "default": {},
     "bounds like the keys": {"bounds": "keys"},
     "float8": {"bounds": "float8"},
+    "centred": {"estimator": "int4_centred", "bounds": "keys"},
     "exact": {"estimator": "exact", "bounds": "keys"},
     "exact float8": {"estimator": "exact", "bounds": "float8"},
     "none skipped": {"skip_layers": ()},
@@ -161,7 +162,7 @@ def summary_bytes(layer_ids: list[int], tokens: int, settings: dict[str, Any]) -
         dim=DIM,
         dtype=bounds_dtype(config.bounds, torch.bfloat16),
         device="meta",
-        has_codes=config.estimator == "int4",
+        has_codes=config.keeps_int4_keys,
     )
     return pool.nbytes - pool.sealed.nbytes
 

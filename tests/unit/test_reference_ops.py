@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twilight_sgl.kernels.attend.reference import attend
+from twilight_sgl.kernels.estimate.reference import estimate_logits
 from twilight_sgl.kernels.page_score.reference import page_scores
-from twilight_sgl.kernels.seal.reference import dequantize_int4, quantize_int4, summarize
+from twilight_sgl.kernels.seal.reference import (
+    dequantize_int4,
+    page_middles,
+    quantize_int4,
+    summarize,
+)
 from twilight_sgl.kernels.select.reference import budget_pages, forced_pages, select_pages
 from twilight_sgl.kernels.top_p.reference import (
     BISECTION_STEPS,
@@ -76,6 +82,63 @@ def test_keys_beyond_float16_stay_finite() -> None:
     codes, scale_zero = quantize_int4(keys)
     assert scale_zero.isfinite().all()
     assert dequantize_int4(codes, scale_zero).isfinite().all()
+
+
+def biased_keys() -> torch.Tensor:
+    """[M, PS, HK, D] keys with a few channels that are large and nearly constant."""
+    keys = random(0, 5, PS, 2, 64)
+    keys[..., 3] += 60.0
+    keys[..., 40] -= 25.0
+    return keys
+
+
+@pytest.mark.parametrize("bounds", [None, torch.float8_e4m3fn], ids=["keys", "float8"])
+def test_keys_less_their_pages_middle_lose_less(bounds: torch.dtype | None) -> None:
+    keys = biased_keys()
+    min_max, codes, scale_zero = summarize(keys, bounds, centred=True)
+    restored = dequantize_int4(codes, scale_zero) + page_middles(min_max).unsqueeze(2)
+    error = (restored.transpose(1, 2) - keys).abs()
+    half_step = scale_zero[..., 0].float().transpose(1, 2).unsqueeze(-1) / 2
+    assert (error <= half_step * 1.01 + 1e-2).all()
+    plain, *plain_codes = summarize(keys, bounds)
+    assert torch.equal(plain.view(torch.uint8), min_max.view(torch.uint8))
+    plain_error = (dequantize_int4(*plain_codes).transpose(1, 2) - keys).abs()
+    assert error.mean() < plain_error.mean() / 5
+
+
+def test_centred_keys_of_infinite_bounds_have_finite_codes() -> None:
+    keys = random(0, 2, PS, 1, 8)
+    keys[0, 3, 0, 2], keys[0, 4, 0, 2] = torch.inf, -torch.inf  # a middle of NaN
+    keys[1, 3, 0, 5], keys[1, 7] = torch.inf, torch.nan
+    _, codes, scale_zero = summarize(keys, centred=True)
+    assert scale_zero.isfinite().all()
+    # A channel without a middle counts as 0, which leaves the others' keys as they were.
+    kept = keys[:1].clone()
+    kept[..., 2] = 0.0
+    for got, expected in zip((codes, scale_zero), summarize(kept, centred=True)[1:], strict=True):
+        assert torch.equal(got[0], expected[0])
+
+
+@pytest.mark.parametrize("bounds", [None, torch.float8_e4m3fn], ids=["keys", "float8"])
+def test_logits_estimated_from_centred_keys_are_nearer(bounds: torch.dtype | None) -> None:
+    keys, q = biased_keys(), random(1, 1, 6, 64)
+    page_ids, seq_lens = torch.tensor([[4, 2, 0, 3]]), torch.tensor([3 * PS + 5])
+    positions = torch.tensor([[[0, 2, 3], [1, 3, -1]]])
+
+    def logits(*codes: torch.Tensor | None, **centre: torch.Tensor) -> torch.Tensor:
+        rows = (page_ids, positions, seq_lens)
+        found = estimate_logits(q, keys, *codes, *rows, sm_scale=0.125, **centre)
+        return found.masked_fill(found == -torch.inf, 0.0)
+
+    exact = logits(None, None)
+    plain = logits(*summarize(keys, bounds)[1:])
+    min_max, *codes = summarize(keys, bounds, centred=True)
+    min_max = min_max.float()
+    min_max[3] = torch.nan  # the open page has no bounds
+    centred = logits(*codes, min_max=min_max)
+    assert (centred - exact).abs().mean() < (plain - exact).abs().mean() / 5
+    open_tokens = slice(2 * PS, 2 * PS + 5)
+    assert torch.equal(centred[:, :3, open_tokens], exact[:, :3, open_tokens])
 
 
 # Min/max and page scores

@@ -128,7 +128,7 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown estimator": (
         "llama",
         [*TWILIGHT, "--twilight-estimator", "int2"],
-        ["--twilight-estimator", "'int2'", "int4, exact"],
+        ["--twilight-estimator", "'int2'", "int4, int4_centred, exact"],
     ),
     "p": ("llama", [*TWILIGHT, "--twilight-p", "1.2"], ["--twilight-p", "(0, 1]"]),
     "hisparse": ("llama", [*TWILIGHT, "--enable-hisparse"], ["hisparse"]),

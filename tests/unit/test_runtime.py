@@ -375,14 +375,15 @@ def test_plan_checks_itself(name: str, wrong: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("bounds", ["keys", "float8"])
-@pytest.mark.parametrize("estimator", ["int4", "exact"])
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred", "exact"])
 def test_settings_choose_what_summaries_hold(bounds: str, estimator: str) -> None:
     server = Server(bounds=bounds, estimator=estimator)
     pool = server.runtime.pool
     dtype = torch.float8_e4m3fn if bounds == "float8" else torch.float32
     assert pool.min_max.dtype == dtype
     assert (pool.codes is None) == (pool.scale_zero is None) == (estimator == "exact")
-    per_token = summary_bytes_per_token(HEADS_KV, DIM, dtype.itemsize, PS, estimator == "int4")
+    has_codes = estimator != "exact"
+    per_token = summary_bytes_per_token(HEADS_KV, DIM, dtype.itemsize, PS, has_codes)
     assert pool.nbytes - pool.sealed.nbytes == per_token * len(LAYERS) * 11 * PS
 
     plan = server.step([1, 2], [2 * PS + 5, 3 * PS + 5])
@@ -392,7 +393,7 @@ def test_settings_choose_what_summaries_hold(bounds: str, estimator: str) -> Non
     result = decode_reference(q, cache, plan, server.runtime.selection, sm_scale=1.0)
     assert result.output.isfinite().all()
     server.keys[4, 7 * PS, 0, 0] = 77.0
-    fields = ("min_max", "codes", "scale_zero") if estimator == "int4" else ("min_max",)
+    fields = ("min_max", "codes", "scale_zero") if has_codes else ("min_max",)
     assert server.runtime.run_audit() == [Violation(7, 4, fields)]
 
 

@@ -85,6 +85,7 @@ def decode_reference(
             plan.seq_lens,
             sm_scale=sm_scale,
             logit_cap=logit_cap,
+            min_max=cache.min_max if selection.centred else None,
         )
         mask = top_p_mask(logits, plan.p)
         mass = kept_mass(logits, mask)

@@ -14,7 +14,7 @@ class Selection:
         budget: B0; at most 1: a fraction of the context, above: tokens.
         sink_tokens: first tokens of a request that are always kept.
         recent_tokens: last tokens of a request that are always kept.
-        estimator: `int4` or `exact`.
+        estimator: `int4`, `int4_centred` (of keys less their page's middle) or `exact`.
         pruner: `top_p`, or `none` to attend to every candidate.
         selector: a name from `twilight_sgl.attention.selectors`.
         min_candidate_tokens: B0 that a fraction comes to at least.
@@ -28,6 +28,11 @@ class Selection:
     pruner: str = "top_p"
     selector: str = "quest"
     min_candidate_tokens: int = 0
+
+    @property
+    def centred(self) -> bool:
+        """Whether INT4 keys are less their page's middle."""
+        return self.estimator == "int4_centred"
 
 
 @dataclass(frozen=True)

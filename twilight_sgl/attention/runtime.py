@@ -84,6 +84,7 @@ class TwilightRuntime:
             dtype=bounds_dtype(config.bounds, keys.dtype),
             device=keys.device,
             has_codes=config.keeps_int4_keys,
+            centred=self.selection.centred,
         )
         self.requests = RequestTable(num_request_slots, config.p, keys.device)
         self.ledger = Ledger(self.pool, self.requests)

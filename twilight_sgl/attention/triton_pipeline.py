@@ -161,7 +161,7 @@ class TritonDecode:
         self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
         self.masses = torch.ones((max_batch, heads_q), device=device)
         self.logits = self.thresholds = self.q_codes = self.q_scale_sum = None
-        self.kept_token_slots = self.chunk_counts = None
+        self.kept_token_slots = self.chunk_counts = self.middles = self.positions = None
         if prune:
             capacity = width * page_size
             self.kept_token_slots = empty(*pairs, capacity, dtype=torch.int32)
@@ -171,6 +171,10 @@ class TritonDecode:
         if self._use_codes:
             self.q_codes = empty(max_batch, heads_q, 2, dim, dtype=torch.int8)
             self.q_scale_sum = empty(max_batch, heads_q, 2, dtype=torch.float32)
+        if self._use_codes and selection.centred:
+            group_rows = triton.next_power_of_2(heads_q // heads_kv)
+            self.middles = empty(*pairs, self.columns, group_rows, dtype=torch.float32)
+            self.positions = empty(*pairs, width, dtype=torch.int32)
 
     def run(
         self,
@@ -248,7 +252,10 @@ class TritonDecode:
                 f"max_batch {self.max_batch} x {self.columns} pages"
             )
         selection = self.selection
-        scores = self.scores[:batch, :, : plan.page_ids.shape[-1]]
+        columns = plan.page_ids.shape[-1]
+        scores = self.scores[:batch, :, :columns]
+        middles = None if self.middles is None else self.middles[:batch, :, :columns]
+        positions = None if self.positions is None else self.positions[:batch]
         page_counts = self.counts[:batch]
         candidate_page_ids = self.candidate_page_ids[:batch]
         totals = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
@@ -277,7 +284,9 @@ class TritonDecode:
                 plan.p,
                 self.budgets,
                 scores,
+                middles,
                 candidate_page_ids,
+                positions,
                 page_counts,
                 candidate_tokens,
                 kept_tokens,
@@ -306,6 +315,7 @@ class TritonDecode:
             plan.seq_lens,
             plan.sparse,
             scores,
+            middles,
             page_size=selection.page_size,
             slack=self.box.slack,
             summed=self.box.summed,
@@ -318,6 +328,7 @@ class TritonDecode:
             self.budgets,
             q,
             candidate_page_ids,
+            positions,
             page_counts,
             candidate_tokens,
             kept_tokens,
@@ -337,6 +348,8 @@ class TritonDecode:
                 cache.scale_zero if self._use_codes else None,
                 q_codes,
                 q_scale_sum,
+                middles,
+                positions,
                 candidate_page_ids,
                 page_counts,
                 plan.seq_lens,

@@ -160,6 +160,7 @@ class TritonRuntime(TwilightRuntime):
             self._claimed,
             self._num_claimed,
             self._sealing_clock,
+            centred=self.pool.centred,
         )
         self._num_claimed.zero_()
 

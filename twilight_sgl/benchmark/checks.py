@@ -38,9 +38,12 @@ def _bytes_by_stage(
     kept = int(decode.kept_tokens[:batch].sum())
     group = shape.heads_q // shape.heads_kv
     pairs = full_pages * shape.heads_kv
+    middle_bytes = 0
+    if decode.middles is not None:
+        middle_bytes = decode.middles.shape[-1] * decode.middles.element_size()
     logit_bytes = 0 if decode.logits is None else decode.logits.element_size()
     moved = {
-        "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4),
+        "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4 + middle_bytes),
         "select": pairs * 4 + candidates // shape.page_size * 12,
         "attend": kept * 2 * shape.dim * key_bytes,
     }
@@ -49,6 +52,7 @@ def _bytes_by_stage(
         if decode.selection.estimator == "exact":
             weighed = shape.dim * key_bytes
         moved["estimate"] = candidates * (weighed + group * logit_bytes)
+        moved["estimate"] += candidates // shape.page_size * middle_bytes
         moved["top_p"] = candidates * group * logit_bytes
         moved["union"] = candidates * group * logit_bytes + kept * 4
     return moved

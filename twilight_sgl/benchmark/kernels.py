@@ -20,6 +20,7 @@ from twilight_sgl.benchmark.plot import plot
 from twilight_sgl.benchmark.quality import BOUNDS, HEADER, quality, table_line
 from twilight_sgl.benchmark.record import parse_layers
 from twilight_sgl.benchmark.timing import Timing, copy_bandwidth, describe_machine, time_calls
+from twilight_sgl.config import ESTIMATORS
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
@@ -149,7 +150,9 @@ def _baseline(
         return {"missing": f"{type(failure).__name__}: {said}"[:300]}
 
 
-def measure_seal(bandwidth: float, shape: Shape, tokens: int = 32 << 10) -> dict[str, object]:
+def measure_seal(
+    bandwidth: float, shape: Shape, centred: bool, tokens: int = 32 << 10
+) -> dict[str, object]:
     """Seal a prompt's pages in one layer."""
     pages, layers = tokens // shape.page_size, 4
     dims = (pages + 1, shape.page_size, shape.heads_kv, shape.dim)
@@ -166,9 +169,10 @@ def measure_seal(bandwidth: float, shape: Shape, tokens: int = 32 << 10) -> dict
         )
         outputs.append(summaries)
         pointers = layer_pointers([key])
-        calls.append(functools.partial(seal_pages, [key], pointers, *summaries, listed, count))
+        tensors = (*summaries, listed, count)
+        calls.append(functools.partial(seal_pages, [key], pointers, *tensors, centred=centred))
     calls[0]()
-    expected = summarize(keys[0][1:])
+    expected = summarize(keys[0][1:], centred=centred)
     same = all(torch.equal(a[0, 1:], b) for a, b in zip(outputs[0], expected, strict=True))
     result: dict[str, object] = {"shape": f"seal {shape.model} {tokens // 1024}k, one layer"}
     if not same:
@@ -243,7 +247,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp8",
         help="dtype of the page bounds: float8 rounded outward, or that of the keys",
     )
-    parser.add_argument("--estimator", choices=("int4", "exact"), default="int4")
+    parser.add_argument("--estimator", choices=ESTIMATORS, default="int4")
     parser.add_argument("--sink-tokens", type=int, default=16)
     parser.add_argument("--recent-tokens", type=int, default=64)
     parser.add_argument("--baselines", default="fa3,sglang_triton,flashinfer")
@@ -333,6 +337,7 @@ def _measure_all(args: argparse.Namespace) -> int:
             batch=args.trace_batch,
             p=args.p,
             bounds_dtype=bounds,
+            centred=selection.centred,
             skip_layers=args.skip_layers,
         )
         add(measure(shape, layers, selection, bandwidth, baselines))
@@ -340,13 +345,19 @@ def _measure_all(args: argparse.Namespace) -> int:
         for shape in SHAPES:
             if args.shapes not in shape.name:
                 continue
-            layers = planted_layers(shape, layers=_layers_for(shape), p=args.p, bounds_dtype=bounds)
+            layers = planted_layers(
+                shape,
+                layers=_layers_for(shape),
+                p=args.p,
+                bounds_dtype=bounds,
+                centred=selection.centred,
+            )
             if shape.context < DENSE_BELOW_TOKENS:
                 layers = dataclasses.replace(layers, plan=_all_dense(layers.plan))
             add(measure(shape, layers, selection, bandwidth, baselines))
             del layers
         if args.shapes in "seal":
-            add(measure_seal(bandwidth, SHAPES[0]))
+            add(measure_seal(bandwidth, SHAPES[0], selection.centred))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "kernels.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"wrote {args.out / 'kernels.json'}")

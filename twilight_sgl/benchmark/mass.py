@@ -45,7 +45,15 @@ def kept_mass(
     codes = None if selection.estimator == "exact" else cache.codes
     scale_zero = None if selection.estimator == "exact" else cache.scale_zero
     logits = estimate_logits(
-        q, cache.keys, codes, scale_zero, plan.page_ids, positions, plan.seq_lens, sm_scale=sm_scale
+        q,
+        cache.keys,
+        codes,
+        scale_zero,
+        plan.page_ids,
+        positions,
+        plan.seq_lens,
+        sm_scale=sm_scale,
+        min_max=cache.min_max if selection.centred else None,
     )
     _, token_positions = candidate_tokens(plan.page_ids, positions, plan.seq_lens, size)
     forced = forced_tokens(

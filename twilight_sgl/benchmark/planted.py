@@ -94,6 +94,7 @@ def with_summaries(
     values: list[torch.Tensor],
     plan: DecodePlan,
     bounds_dtype: torch.dtype,
+    centred: bool = False,
 ) -> list[LayerCache]:
     """Seal every full page of the plan in all layers, with min/max in bounds_dtype.
 
@@ -116,10 +117,11 @@ def with_summaries(
         from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
         count = torch.tensor([listed.numel()], dtype=torch.int32, device=device)
-        seal_pages(keys, layer_pointers(keys), min_max, codes, scale_zero, listed, count)
+        summaries = (min_max, codes, scale_zero)
+        seal_pages(keys, layer_pointers(keys), *summaries, listed, count, centred=centred)
     else:
         for layer in range(layers):
-            rows = summarize(keys[layer][listed], bounds_dtype)
+            rows = summarize(keys[layer][listed], bounds_dtype, centred)
             min_max[layer][listed], codes[layer][listed], scale_zero[layer][listed] = rows
     return [
         LayerCache(keys[i], values[i], min_max[i], codes[i], scale_zero[i]) for i in range(layers)
@@ -159,10 +161,15 @@ def planted_layers(
     p: float,
     dtype: torch.dtype = torch.bfloat16,
     bounds_dtype: torch.dtype | None = None,
+    centred: bool = False,
     device: str = "cuda",
     seed: int = 0,
 ) -> Layers:
-    """Draw layers with planted attention; every request has `shape.context` tokens."""
+    """Draw layers with planted attention; every request has `shape.context` tokens.
+
+    Args:
+        centred: whether INT4 keys are less their page's middle, as for `summarize`.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
     keys, values, plan = empty_layers(shape, layers, dtype, p, generator)
     queries = []
@@ -184,7 +191,7 @@ def planted_layers(
                 padded.shape, generator=generator, device=device, dtype=dtype
             ).view(-1, *values[layer].shape[1:])
         queries.append(q.flatten(1, 2).to(dtype))
-    caches = with_summaries(keys, values, plan, bounds_dtype or dtype)
+    caches = with_summaries(keys, values, plan, bounds_dtype or dtype, centred)
     return Layers(queries, caches, plan, tuple(range(layers)))
 
 
@@ -230,6 +237,7 @@ def traced_layers(
     p: float,
     dtype: torch.dtype = torch.bfloat16,
     bounds_dtype: torch.dtype | None = None,
+    centred: bool = False,
     device: str = "cuda",
     skip_layers: Sequence[int] = (),
 ) -> tuple[Shape, Layers]:
@@ -237,6 +245,7 @@ def traced_layers(
 
     Args:
         batch: how often to repeat the request, in pages of its own.
+        centred: whether INT4 keys are less their page's middle, as for `summarize`.
     """
     trace = load_trace(path, skip_layers=skip_layers)
     first = trace["layers"][0]
@@ -253,5 +262,5 @@ def traced_layers(
             for request in range(batch):
                 pool[plan.page_ids[request].long()] = by_page
         queries.append(layer["q"].to(dtype).to(device).expand(batch, -1, -1).contiguous())
-    caches = with_summaries(keys, values, plan, bounds_dtype or dtype)
+    caches = with_summaries(keys, values, plan, bounds_dtype or dtype, centred)
     return shape, Layers(queries, caches, plan, tuple(layer["layer"] for layer in trace["layers"]))

@@ -49,7 +49,13 @@ def quality(
     rows: list[dict[str, object]] = []
     for bounds, bounds_dtype in BOUNDS.items():
         shape, layers = traced_layers(
-            path, batch=1, p=1.0, bounds_dtype=bounds_dtype, device=device, skip_layers=skip_layers
+            path,
+            batch=1,
+            p=1.0,
+            bounds_dtype=bounds_dtype,
+            centred=selection.centred,
+            device=device,
+            skip_layers=skip_layers,
         )
         plan = _a_row_each(layers.plan, PS)
         for budget in BUDGETS:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from twilight_sgl.kernels.seal.reference import page_bounds, quantize_int4
+from twilight_sgl.kernels.seal.reference import page_bounds, page_codes
 
 FIELDS = ("min_max", "codes", "scale_zero")
 
@@ -41,6 +41,7 @@ class SummaryPool:
 
     Attributes:
         layer_ids: the model's layers that have summaries, in order.
+        centred: whether INT4 keys are less their page's middle, see `page_codes`.
         sealed: [P] int32, 1 where a page's summary is valid.
         min_max: [L, P, HK, 2, D] in the dtype of keys or float8_e4m3fn.
         codes: [L, P, HK, PS, D // 2] uint8, and
@@ -58,11 +59,13 @@ class SummaryPool:
         dtype: torch.dtype,
         device: torch.device | str,
         has_codes: bool = True,
+        centred: bool = False,
     ) -> None:
         """Allocate for `num_pages` rows, the padding page included, with bounds in `dtype`."""
         self.layer_ids = tuple(layer_ids)
         self.page_size = page_size
         self.num_pages = num_pages
+        self.centred = centred
         self._rows = {layer: row for row, layer in enumerate(self.layer_ids)}
         layers = len(self.layer_ids)
         self.sealed = torch.zeros(num_pages, dtype=torch.int32, device=device)
@@ -100,10 +103,11 @@ class SummaryPool:
 
     def summarize(self, keys: torch.Tensor) -> dict[str, torch.Tensor]:
         """Summaries of pages, [M, PS, HK, D] keys, as this pool keeps them: [M, ...] by name."""
-        fields = {"min_max": page_bounds(keys, self.min_max.dtype)}
-        if self.codes is not None:
-            fields["codes"], fields["scale_zero"] = quantize_int4(keys.transpose(1, 2))
-        return fields
+        min_max = page_bounds(keys, self.min_max.dtype)
+        if self.codes is None:
+            return {"min_max": min_max}
+        codes, scale_zero = page_codes(keys, min_max if self.centred else None)
+        return {"min_max": min_max, "codes": codes, "scale_zero": scale_zero}
 
     def seal(self, page_ids: torch.Tensor, keys_of: Callable[[int], torch.Tensor]) -> None:
         """Build the summaries of full pages from their keys, in every layer.
