@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from twilight_sgl.kernels.attend.parts import attend_span, store_group, store_partial
-from twilight_sgl.kernels.estimate.triton import estimate_pages, quantize_query
+from twilight_sgl.kernels.estimate.parts import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
 from twilight_sgl.kernels.page_score.triton import score_pages, split_query
 from twilight_sgl.kernels.select.triton import choose_pages, zero_group
@@ -115,7 +115,6 @@ def decode_kernel(
     EXACT: tl.constexpr,
     CENTRED: tl.constexpr,
     SLACK: tl.constexpr,
-    SUMMED: tl.constexpr,
     SCORE: tl.constexpr,
     COMPUTE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -218,7 +217,6 @@ def decode_kernel(
                 inside,
                 head_kv,
                 SLACK,
-                SUMMED,
                 CENTRED,
                 SCORE,
                 HK,

@@ -84,7 +84,6 @@ def decode_layer(
     recent_tokens: int,
     steps: int,
     slack: float,
-    summed: bool,
     sm_scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -100,7 +99,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
-        slack, summed: as for `page_scores`; sinks: as for `attend`.
+        slack: as for `page_scores`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -162,7 +161,6 @@ def decode_layer(
         EXACT=codes is None,
         CENTRED=middles is not None,
         SLACK=slack,
-        SUMMED=summed,
         SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),
         STEPS=steps,

@@ -8,9 +8,8 @@ def page_scores(
     min_max: torch.Tensor,
     page_ids: torch.Tensor,
     slack: float = 1.0,
-    summed: bool = False,
 ) -> torch.Tensor:
-    """Products of q with the box around each page's keys: the largest of a group's, or their sum.
+    """Products of q with the box around each page's keys, maximised over the heads of a group.
 
     q . middle + slack * |q| . radius. With all the slack it is the upper bound of q . k over the
     page (Quest, arXiv 2406.10774, eq. 2), which no key reaches in every channel at once.
@@ -20,8 +19,6 @@ def page_scores(
         min_max: [P, HK, 2, D] page summaries of one layer.
         page_ids: [B, T] physical page of every logical page; any valid id where there is none.
         slack: share of the box's radius that counts, in [0, 1].
-        summed: add up a group's heads. What a head adds to all pages alike then changes no order,
-            whereas the head with the largest logits decides on the largest product.
     Returns:
         [B, HK, T] float32 unscaled products. Pages that are not sealed get whatever their memory
         holds: `select_pages` never looks at those.
@@ -33,4 +30,4 @@ def page_scores(
     reach = slack * grouped.abs()
     score = torch.einsum("bhgd,bthd->bhgt", (grouped + reach) / 2, high)
     score += torch.einsum("bhgd,bthd->bhgt", (grouped - reach) / 2, low)
-    return score.sum(2) if summed else score.amax(2)
+    return score.amax(2)

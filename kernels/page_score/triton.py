@@ -28,9 +28,8 @@ def split_query(
 ):
     """What of a group's queries meets maxima and what minima, [G_PAD, D_PAD] each.
 
-    In units of (1 + SLACK) / 2, in which no rounding is needed for a SLACK of 1 (the positive and
-    the negative part of a query) or 1 / 3 (the rest counts half). With CENTRED the rows from
-    G_PAD / 2 on are the queries themselves.
+    In units of (1 + SLACK) / 2, so with a SLACK of 1 these are the positive and the negative part
+    of a query. With CENTRED the rows from G_PAD / 2 on are the queries themselves.
     """
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, D_PAD)
@@ -60,7 +59,6 @@ def score_pages(
     inside,
     head_kv,
     SLACK: tl.constexpr,
-    SUMMED: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -70,7 +68,7 @@ def score_pages(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """[BLOCK] float32: a group's products with [BLOCK] pages' boxes, summed or the largest.
+    """[BLOCK] float32: a group's largest products with the boxes of [BLOCK] pages.
 
     With CENTRED also writes its products with the boxes' middles to middles_ptr, the (request, KV
     head)'s [T, G_ROWS] by logical page, `position`.
@@ -92,10 +90,6 @@ def score_pages(
             (member[:, None] >= 0) & (member[:, None] < G) & inside[None, :],
         )
     score *= (1.0 + SLACK) * 0.5
-    if SUMMED:
-        if CENTRED:
-            score = tl.where(head[:, None] < G, score, 0.0)
-        return tl.sum(score, 0)  # rows from G on are zero
     return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
 
@@ -115,7 +109,6 @@ def _page_score_kernel(
     stride_q_head,
     stride_page_ids,
     SLACK: tl.constexpr,
-    SUMMED: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -168,7 +161,6 @@ def _page_score_kernel(
             inside,
             head_kv,
             SLACK,
-            SUMMED,
             CENTRED,
             COMPUTE,
             HK,
@@ -217,7 +209,6 @@ def page_scores(
     *,
     page_size: int,
     slack: float = 1.0,
-    summed: bool = False,
 ) -> None:
     """What `reference.page_scores` says of each full page of sparse rows.
 
@@ -231,7 +222,7 @@ def page_scores(
             the same pages, the unscaled product of the group's query head g with the middle of the
             page's bounds in column g; None for estimators other than `int4_centred`.
         page_size: PS, tokens.
-        slack, summed: see `reference.page_scores`; compiled in.
+        slack: see `reference.page_scores`; compiled in.
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
@@ -254,7 +245,6 @@ def page_scores(
         q.stride(1),
         page_ids.stride(0),
         SLACK=slack,
-        SUMMED=summed,
         CENTRED=middles is not None,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,

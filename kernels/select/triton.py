@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.estimate.triton import quantize_query
+from twilight_sgl.kernels.estimate.parts import quantize_query
 from twilight_sgl.kernels.launch import launch_options, wait_for_inputs
 from twilight_sgl.kernels.select.reference import budget_pages
 

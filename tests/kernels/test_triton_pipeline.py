@@ -64,8 +64,7 @@ CASES = [
     Case("budget-tokens", (140,), budget=40),
     Case("budget-of-least-tokens", (300, 90, 33), budget=0.1, min_candidate_tokens=100),
     Case("half-bound", (300, 90, 17), 6, 2, 80, selector="half_bound"),
-    Case("group-bound", (300, 90, 17), 6, 2, 80, selector="group_bound"),
-    Case("group-bound-fp8", (140, 17), selector="group_bound", bounds_dtype=torch.float8_e4m3fn),
+    Case("half-bound-fp8", (140, 17), selector="half_bound", bounds_dtype=torch.float8_e4m3fn),
     Case("budget-one-page", (140,), budget=0.001, sink_tokens=0, recent_tokens=0),
     Case("budget-all", (140, 33), budget=1.0),
     Case("forced-exceed-budget", (200,), budget=16, sink_tokens=40, recent_tokens=70),
@@ -86,7 +85,7 @@ CENTRED = [
     Case("centred", AWKWARD, key_offset=9.0),
     Case("centred-g1-d128-fp8-bounds", SHORT, 2, 2, 128, bounds_dtype=torch.float8_e4m3fn),
     Case("centred-g3-dense-row", (140, 90, 16, 0), 6, 2, dense=(1,), key_offset=9.0),
-    Case("centred-g3-quest", (140, 33), 6, 2, selector="quest", key_offset=9.0),
+    Case("centred-g3-half-bound", (140, 33), 6, 2, selector="half_bound", key_offset=9.0),
     Case("centred-g7-d80-soft-cap", SHORT, 7, 1, 80, logit_cap=2.0, q_scale=3.0, key_offset=0.5),
     Case(
         "centred-g16-d96-fp8-bounds",

@@ -177,15 +177,6 @@ def test_slack_lies_between_the_middle_of_a_page_and_its_bound() -> None:
     assert (bound > half).all() and (half > middle).all()
 
 
-def test_summed_scores_ask_all_heads_of_a_group() -> None:
-    keys, q = random(0, 6, PS, 2, 8), random(1, 1, 6, 8)  # three query heads a KV head
-    min_max, page_ids = summarize(keys)[0], torch.arange(6).unsqueeze(0)
-    single = torch.stack([page_scores(q[:, head::3], min_max, page_ids, 0.5) for head in range(3)])
-    summed = page_scores(q, min_max, page_ids, 0.5, summed=True)
-    torch.testing.assert_close(summed, single.sum(0))
-    torch.testing.assert_close(page_scores(q, min_max, page_ids, 0.5), single.amax(0))
-
-
 def test_min_max_of_a_page_by_head_and_channel() -> None:
     keys = random(0, 3, PS, 2, 4)
     min_max = summarize(keys)[0]
