@@ -216,14 +216,17 @@ def estimate_pages(
             logits = products * q_scale[:, None] * scale.to(tl.float32)[None, :]
             logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
             if CENTRED:
-                position = tl.load(positions_ptr + candidate, inside, other=0)
+                # A page at a time: a tile of all tokens would take as much shared memory as codes.
+                each = start + tl.arange(0, PAGES) * page_step
+                position = tl.load(positions_ptr + each, each < sealed_end, other=0)
                 middle = tl.load(
                     middles_ptr + position[None, :] * G_ROWS + head[:, None],
-                    (head[:, None] < G) & inside[None, :],
+                    (head[:, None] < G) & (each < sealed_end)[None, :],
                     other=0.0,
                     cache_modifier=".cg",
-                )
-                logits += middle * sm_scale
+                )  # [G_PAD, PAGES]
+                middle = tl.broadcast_to(middle[:, :, None], (G_PAD, PAGES, PS))
+                logits += tl.reshape(middle, (G_PAD, BLOCK)) * sm_scale
             logits = soft_cap_logits(logits, logit_cap, HAS_CAP)
             tl.store(
                 out_ptr + (candidate * PS + token % PS)[None, :],

@@ -92,7 +92,17 @@ CASES = [
         budget=0.25,
         key_offset=9.0,
     ),
-    Case("centred-g16", RAGGED, 16, 1, 128, dtype=BF16, estimator="int4_centred", budget=0.25),
+    Case(
+        "centred-g16-ps64",
+        RAGGED,
+        16,
+        1,
+        128,
+        page_size=64,
+        dtype=BF16,
+        estimator="int4_centred",
+        logit_cap=30.0,
+    ),
     Case("quest-only", RAGGED, 32, 8, 128, prune=False, dtype=BF16, budget=0.25),
     Case("p1-and-dense", RAGGED, 14, 2, 64, dtype=BF16, p=(1.0,) * 11, dense=(2, 7)),
     Case(

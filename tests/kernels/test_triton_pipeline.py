@@ -96,7 +96,7 @@ CENTRED = [
         bounds_dtype=torch.float8_e4m3fn,
         key_offset=9.0,
     ),
-    Case("centred-bf16-ps32", (100, 33), page_size=32, dtype=torch.bfloat16, key_offset=9.0),
+    Case("centred-bf16-ps64", (200, 65), page_size=64, dtype=torch.bfloat16, key_offset=9.0),
     Case("centred-no-pruner", (90, 17), prune=False),
 ]
 CENTRED = [dataclasses.replace(case, estimator="int4_centred") for case in CENTRED]
@@ -152,12 +152,14 @@ def test_ties_go_to_the_earlier_page() -> None:
     assert positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 12]
 
 
-def test_scores_that_are_not_finite_pick_valid_pages() -> None:
-    case = Case("nan", (16 * 12 + 5,), budget=0.5)
+@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
+@pytest.mark.parametrize("estimator", ["int4", "int4_centred"])
+def test_scores_that_are_not_finite_pick_valid_pages(estimator: str, one_launch: bool) -> None:
+    case = Case("nan", (16 * 12 + 5,), budget=0.5, estimator=estimator)
     drawn = draw(case)
     drawn.cache.min_max[drawn.plan.page_ids[0, 3].long()] = float("nan")
     drawn.cache.min_max[drawn.plan.page_ids[0, 5].long()] = float("inf")
-    decode = decoder(case, drawn)
+    decode = decoder(case, drawn, one_launch=one_launch)
     run(case, drawn, decode)
     positions = chosen_positions(decode, drawn)
     assert positions.shape[1] == case.heads_kv
