@@ -237,7 +237,7 @@ def test_flags_of_each_backend() -> None:
     assert flags("fa3").startswith(
         f"{common}--attention-backend fa3 --decode-attention-backend fa3 "
     )
-    for name, pruner in (("twilight", "top_p"), ("quest", "none")):
+    for name, pruner in (("twilight", "top_p"), ("quest", "none --twilight-selector quest")):
         assert flags(name).startswith(
             f"{common}--decode-attention-backend twilight --twilight-p 0.9 --twilight-pruner "
             f"{pruner} --attention-backend fa3 --cuda-graph-max-bs-decode 64 "
