@@ -266,7 +266,7 @@ def test_a_clean_run(
     assert saved["requests"]["cold"]["prompt_tokens"] == 1024 * outcomes["cold"]["completed"]
     assert "| conversation |" in out
     audits = saved["samples"][-1]["checks"] - saved["samples"][0]["checks"]
-    assert f"audit: {audits} audits, 0 violations" in out
+    assert f"audit: {audits:,} audits, 0 violations" in out  # as many as the machine is fast
 
 
 def test_grammar_is_left_out_where_it_is_refused(
