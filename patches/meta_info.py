@@ -11,7 +11,7 @@ from typing import Any
 from twilight_sgl.patches import Patch
 from twilight_sgl.request import KEY, RequestOptions
 from twilight_sgl.telemetry.guard import harmless
-from twilight_sgl.telemetry.report import StepSums, last_report
+from twilight_sgl.telemetry.report import ReportedOnce, StepSums, last_report
 
 
 @harmless
@@ -26,7 +26,7 @@ def _follow(slots: list[int] | None, table: Any, reqs: list[Any], *args: Any) ->
             options = RequestOptions.from_custom_params(req.sampling_params.custom_params)
             report = runtime.report_for(req, options)
             if report is not None:
-                req.customized_info = values | {KEY: report}
+                req.customized_info = ReportedOnce(values | {KEY: report})
 
 
 @harmless
@@ -55,7 +55,8 @@ def _collapse_values(response: Any, obj: Any) -> None:
     by_choice = getattr(obj, "twilight_reports", None)  # set by `openai_report`
     for item in response if isinstance(response, list) else [response]:
         meta_info = item.get("meta_info") or {}
-        report = last_report(meta_info.pop(KEY, None))
+        values = meta_info.pop(KEY, None)
+        report = last_report(values) if meta_info.get("finish_reason") else None
         if report is not None:
             meta_info[KEY] = report
         if by_choice is not None:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from twilight_sgl.kernels.estimate.parts import quantize_query
-from twilight_sgl.kernels.launch import launch_options, wait_for_inputs
+from twilight_sgl.kernels.launch import is_interpreted, launch_options, wait_for_inputs
 from twilight_sgl.kernels.select.reference import budget_pages
 
 _LARGEST = tl.constexpr(1e38)
@@ -118,6 +118,60 @@ def _search_threshold(scores, scored, num_scored, k):
 
 
 @triton.jit
+def _load_scores(scores_ptr, position, scored):
+    score = tl.load(scores_ptr + position, scored, other=0.0, cache_modifier=".cg")
+    score = tl.where(score == score, score, -_LARGEST)  # keys that are not finite
+    return tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
+
+
+@triton.jit
+def _kinds(
+    scores_ptr, position, length, SINK: tl.constexpr, RECENT: tl.constexpr, PS: tl.constexpr
+):
+    """Which pages are always candidates and which by score, and the latter's scores."""
+    sink_below: tl.constexpr = (SINK + PS - 1) // PS
+    recent_from = tl.maximum(length - RECENT, 0) // PS
+    exists = position < (length + PS - 1) // PS
+    forced = exists & ((position < sink_below) | (position >= recent_from))
+    scored = exists & (~forced)
+    return forced, scored, _load_scores(scores_ptr, position, scored)
+
+
+@triton.jit
+def _cut_scores(
+    score,
+    scored,
+    length,
+    budget_ptr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    PS: tl.constexpr,
+):
+    """What a row's candidates score: those from high on, and the first `spare` from low on.
+
+    Returns:
+        low, high, spare, and how many candidates there are, forced ones included.
+    """
+    pages = (length + PS - 1) // PS
+    sink_below: tl.constexpr = (SINK + PS - 1) // PS
+    num_sink = tl.minimum(sink_below, pages)
+    recent_from = tl.maximum(length - RECENT, 0) // PS
+    num_forced = num_sink + pages - tl.maximum(recent_from, num_sink)
+    count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
+    room = count - num_forced
+    low = tl.zeros((), tl.float32) + 2.0 * _LARGEST
+    high = low
+    spare = room * 0
+    if room > 0:
+        low, high, found, above = _search_threshold(score, scored, pages - num_forced, room)
+        if found <= room:
+            high = low
+        else:
+            spare = room - above
+    return low, high, spare, count
+
+
+@triton.jit
 def choose_pages(
     scores_ptr,
     length,
@@ -136,27 +190,53 @@ def choose_pages(
         [COLUMNS_PAD] whether each page is a candidate, and how many are.
     """
     position = tl.arange(0, COLUMNS_PAD)
-    pages = (length + PS - 1) // PS
-    sink_below: tl.constexpr = (SINK + PS - 1) // PS
-    recent_from = tl.maximum(length - RECENT, 0) // PS
-    exists = position < pages
-    chosen = exists & ((position < sink_below) | (position >= recent_from))
-    num_sink = tl.minimum(sink_below, pages)
-    num_forced = num_sink + pages - tl.maximum(recent_from, num_sink)
-    scored = exists & (~chosen)
-    score = tl.load(scores_ptr + position, scored, other=0.0, cache_modifier=".cg")
-    score = tl.where(score == score, score, -_LARGEST)  # keys that are not finite
-    score = tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
-    count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
-    room = count - num_forced
-    if room > 0:
-        low, high, found, above = _search_threshold(score, scored, pages - num_forced, room)
-        good = scored & (score >= low)
-        if found > room:  # of equal scores the earlier pages
-            ties = good & (score < high)
-            good = good & ((score >= high) | (tl.cumsum(ties.to(tl.int32), 0) <= room - above))
-        chosen = chosen | good
-    return chosen, count
+    forced, scored, score = _kinds(scores_ptr, position, length, SINK, RECENT, PS)
+    low, high, spare, count = _cut_scores(score, scored, length, budget_ptr, SINK, RECENT, PS)
+    good = scored & (score >= high)
+    if spare > 0:  # of equal scores the earlier pages
+        ties = scored & (score >= low) & (score < high)
+        good = good | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= spare))
+    return forced | good, count
+
+
+@triton.jit
+def choose_slice(
+    scores_ptr,
+    length,
+    budget_ptr,
+    first,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    PS: tl.constexpr,
+    COLUMNS_PAD: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """As `choose_pages` does, of the SLICE pages from `first` on.
+
+    Returns:
+        [SLICE] whether each page is a candidate, [SLICE] its place among all candidates, and how
+        many there are.
+    """
+    position = tl.arange(0, COLUMNS_PAD)
+    forced, scored, score = _kinds(scores_ptr, position, length, SINK, RECENT, PS)
+    low, high, spare, count = _cut_scores(score, scored, length, budget_ptr, SINK, RECENT, PS)
+    before = position < first
+    chosen_before, ties_before = tl.reduce(
+        (
+            (before & (forced | (scored & (score >= high)))).to(tl.int32),
+            (before & scored & (score >= low) & (score < high)).to(tl.int32),
+        ),
+        0,
+        _add2,
+    )
+    own = first + tl.arange(0, SLICE)
+    forced, scored, score = _kinds(scores_ptr, own, length, SINK, RECENT, PS)
+    chosen = forced | (scored & (score >= high))
+    if spare > 0:  # of equal scores the earlier pages
+        ties = scored & (score >= low) & (score < high)
+        chosen = chosen | (ties & (ties_before + tl.cumsum(ties.to(tl.int32), 0) <= spare))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    return chosen, chosen_before + tl.minimum(ties_before, spare) + place, count
 
 
 @triton.jit
@@ -212,6 +292,7 @@ def _select_kernel(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     COLUMNS_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_CODES: tl.constexpr,
     CENTRED: tl.constexpr,
     HAS_CHUNKS: tl.constexpr,
@@ -219,15 +300,16 @@ def _select_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    # With codes, a second program quantizes the group's queries while the first one searches.
-    pairs = tl.num_programs(0) // (2 if HAS_CODES else 1)
+    # With codes, one more program quantizes the group's queries while the others search.
+    pairs = tl.num_programs(0) // (PARTS + (1 if HAS_CODES else 0))
     pair = tl.program_id(0) % pairs
+    part = tl.program_id(0) // pairs
     row = pair // HK
     head_kv = pair % HK
     row64 = row.to(tl.int64)
     length = tl.load(seq_lens_ptr + row)
     is_sparse = tl.load(sparse_ptr + row) != 0
-    if HAS_CODES and tl.program_id(0) >= pairs:
+    if HAS_CODES and part == PARTS:
         if is_sparse & (length > 0):
             quantize_query(
                 q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
@@ -240,36 +322,51 @@ def _select_kernel(
                 D_PAD,
             )
         return
-    if length <= 0:
+    if (length <= 0) & (part == 0):
         out = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
         zero_group(out, stride_out_head, G, G_PAD, DV, DV_PAD)
     pages = (length + PS - 1) // PS
     count = 0
     tokens = tl.maximum(length, 0)
     if is_sparse & (length > 0):
-        pair_scores_ptr = scores_ptr + pair.to(tl.int64) * stride_scores
-        position = tl.arange(0, COLUMNS_PAD)
+        SLICE: tl.constexpr = COLUMNS_PAD // PARTS
+        position = part * SLICE + tl.arange(0, SLICE)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, position < pages, other=0)
-        chosen, count = choose_pages(
-            pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
+        # Every part searches all scores, which costs no time, and lists its own slice.
+        chosen, place, count = choose_slice(
+            scores_ptr + pair.to(tl.int64) * stride_scores,
+            length,
+            budget_ptr,
+            part * SLICE,
+            SINK,
+            RECENT,
+            PS,
+            COLUMNS_PAD,
+            SLICE,
         )
-        slot = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + slot, page, chosen)
+        tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + place, page, chosen)
         if CENTRED:
-            tl.store(positions_ptr + pair.to(tl.int64) * width + slot, position, chosen)
+            tl.store(positions_ptr + pair.to(tl.int64) * width + place, position, chosen)
         tokens = count * PS - (pages * PS - length)
-    if HAS_CHUNKS:
-        chunk = tl.arange(0, CHUNKS_PAD)
-        tl.store(chunk_counts_ptr + pair * num_chunks + chunk, 0, chunk < num_chunks)
-    tl.store(counts_ptr + pair, count)
-    tl.store(candidate_tokens_ptr + pair, tokens)
-    tl.store(kept_tokens_ptr + pair, tokens)
+    if part == 0:
+        if HAS_CHUNKS:
+            chunk = tl.arange(0, CHUNKS_PAD)
+            tl.store(chunk_counts_ptr + pair * num_chunks + chunk, 0, chunk < num_chunks)
+        tl.store(counts_ptr + pair, count)
+        tl.store(candidate_tokens_ptr + pair, tokens)
+        tl.store(kept_tokens_ptr + pair, tokens)
 
 
-def _warps(columns_pad: int, pairs: int) -> int:
+def _tiling(columns_pad: int, pairs: int) -> tuple[int, int]:
+    """Programs that list a (request, KV head)'s candidates, and their warps."""
+    if is_interpreted():
+        return 2, 4
+    parts = 1
+    while parts < 8 and pairs * parts < 64 and columns_pad // parts > 512:
+        parts *= 2
     if columns_pad > 4096:
-        return 16
-    return 8 if columns_pad > (1024 if pairs <= 64 else 2048) else 4
+        return parts, 16
+    return parts, 8 if columns_pad > (1024 if pairs <= 64 else 2048) else 4
 
 
 def select_pages(
@@ -295,10 +392,10 @@ def select_pages(
 ) -> None:
     """Pick each KV head's best pages, as `reference.select_pages`, and prepare the row.
 
-    One program per request and KV head, and one more for its queries. Scores nearer to each other
-    than 2**-24 of their range may count as equal; of equal ones the earlier page goes first. The
-    kernel also quantizes the group's queries for the INT4 estimate and zeroes the output of padded
-    rows, which no later kernel looks at.
+    A few programs per request and KV head, and one more for its queries. Scores nearer to each
+    other than 2**-24 of their range may count as equal; of equal ones the earlier page goes first.
+    The kernel also quantizes the group's queries for the INT4 estimate and zeroes the output of
+    padded rows, which no later kernel looks at.
 
     Args:
         scores: [B, HK, T] float32 from `page_scores`.
@@ -323,7 +420,8 @@ def select_pages(
     group = heads_q // heads_kv
     num_chunks = 1 if chunk_counts is None else chunk_counts.shape[-1]
     columns_pad = max(16, triton.next_power_of_2(columns))
-    _select_kernel[(batch * heads_kv * (1 if q_codes is None else 2),)](
+    parts, warps = _tiling(columns_pad, batch * heads_kv)
+    _select_kernel[(batch * heads_kv * (parts + (q_codes is not None)),)](
         scores,
         page_ids,
         seq_lens,
@@ -358,9 +456,10 @@ def select_pages(
         DV=out.shape[-1],
         DV_PAD=triton.next_power_of_2(out.shape[-1]),
         COLUMNS_PAD=columns_pad,
+        PARTS=parts,
         HAS_CODES=q_codes is not None,
         CENTRED=positions is not None,
         HAS_CHUNKS=chunk_counts is not None,
         CHUNKS_PAD=triton.next_power_of_2(num_chunks),
-        **launch_options(_warps(columns_pad, batch * heads_kv)),
+        **launch_options(warps),
     )

@@ -18,12 +18,18 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.scheduler_components.batch_result_processor import (
     SchedulerBatchResultProcessor,
 )
+from sglang.srt.managers.tokenizer_manager import _slice_streaming_output_meta_info
 
 from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.patches import meta_info, openai_report, server_info
 from twilight_sgl.request import RequestOptions
 from twilight_sgl.telemetry.guard import harmless
-from twilight_sgl.telemetry.report import RequestReport, StepSums, last_report
+from twilight_sgl.telemetry.report import (
+    ReportedOnce,
+    RequestReport,
+    StepSums,
+    last_report,
+)
 
 PAIRS = 6  # layers that select times KV heads
 DENSE = [0.0] * len(ROW_SUMS)
@@ -35,7 +41,10 @@ class Req:
     def __init__(self, custom_params: Any = None, finished: bool = False) -> None:
         self.customized_info: dict[str, Any] | None = None
         self.sampling_params = SimpleNamespace(custom_params=custom_params)
-        self.finished = lambda: finished
+        self.has_finished = finished
+
+    def finished(self) -> bool:
+        return self.has_finished
 
 
 class Runtime:
@@ -71,8 +80,8 @@ def test_a_report_averages_over_sparse_steps() -> None:
         "kept_mass": pytest.approx(10.2 / 12),
         "prefix_pages_reused": 3,
     }
-    assert report[2:5] == [None, None, shown]
-    assert report[5:5] == []
+    assert report[2:5] == [None] * 4 + [shown]
+    assert report[0:0] == []
 
 
 def test_a_report_without_a_sparse_step_has_no_averages() -> None:
@@ -91,9 +100,27 @@ def test_only_a_finished_request_is_reported() -> None:
     req = Req()
     report = RequestReport(req, 0.5, PAIRS)
     report.append(row(600, 60, 5.4))
+    values = ReportedOnce({"theirs": [1], "twilight": report})
     assert report[0:3] == [None] * 3
+    assert dict(values.items()) == {"theirs": [1]}
+    assert "twilight" in values and values["twilight"] is report  # SGLang appends to it
+    req.has_finished = True
+    assert dict(values.items()) == {"theirs": [1], "twilight": report}
     del req
     assert report[0:2] == [None] * 2
+    assert dict(values.items()) == {"theirs": [1]}
+
+
+@pytest.mark.parametrize("others_before", [0, 2])
+def test_a_stream_of_deltas_ends_with_the_report(others_before: int) -> None:
+    """SGLang cuts off the values of tokens that it has sent, whether or not it had them."""
+    req = Req(finished=True)
+    report = RequestReport(req, 0.5, PAIRS)
+    accumulated = [None] * others_before  # sent beside another request's report
+    accumulated += report[6:8]
+    info = {"twilight": accumulated, "finish_reason": {"type": "stop"}}
+    _slice_streaming_output_meta_info(info, 6, ["twilight"])
+    assert last_report(info["twilight"]) == report.to_dict()
 
 
 def test_the_last_report_counts() -> None:
@@ -164,7 +191,8 @@ def test_a_failing_runtime_fails_no_forward(caplog: pytest.LogCaptureFixture) ->
     meta_info._add_sums(output, SimpleNamespace(twilight=Runtime()), None)
     assert output.logits_output.customized_info is None
     sums = StepSums(torch.zeros((1, 5), dtype=torch.float64))
-    report = RequestReport(Req(finished=True), 0.5, PAIRS)
+    req = Req(finished=True)
+    report = RequestReport(req, 0.5, PAIRS)
     report.append(sums[3])
     report.append([1.0])
     assert report.to_dict()["steps"] == 0
@@ -195,21 +223,24 @@ def collapse(responses: list[Any], obj: Any) -> list[Any]:
 def test_a_response_has_one_report_instead_of_values_by_token() -> None:
     values = [None]
     first = {"meta_info": {"id": "a", "twilight": values}}
-    last = {"meta_info": {"id": "a", "twilight": [None, REPORT]}, "index": 1}
+    end = {"type": "length", "length": 2}
+    meta = {"id": "a", "finish_reason": end}
+    last = {"meta_info": {**meta, "twilight": [None, REPORT]}, "index": 1}
     wish = SimpleNamespace(twilight_reports={})
     assert collapse([first, last], wish) == [
         {"meta_info": {"id": "a"}},
-        {"meta_info": {"id": "a", "twilight": REPORT}, "index": 1},
+        {"meta_info": {**meta, "twilight": REPORT}, "index": 1},
     ]
     assert values == [None]
     assert wish.twilight_reports == {0: None, 1: REPORT}  # a place for each choice
 
 
 def test_lists_of_responses_and_embeddings() -> None:
-    batch = [{"meta_info": {"twilight": [REPORT]}}, {"meta_info": {}}, {"embedding": [1.0]}]
+    ended = {"finish_reason": {"type": "stop"}}
+    batch = [{"meta_info": ended | {"twilight": [REPORT]}}, {"meta_info": {}}, {"embedding": [1.0]}]
     (collapsed,) = collapse([batch], SimpleNamespace())
     assert collapsed == [
-        {"meta_info": {"twilight": REPORT}},
+        {"meta_info": ended | {"twilight": REPORT}},
         {"meta_info": {}},
         {"embedding": [1.0]},
     ]

@@ -35,8 +35,9 @@ class RequestReport:
     """Sums over one request's sparse steps.
 
     To SGLang it is a list with a value for each output token: it appends a step's sums, and sends
-    slices to the process that answers. Only the slice that ends a finished request holds the
-    report, in its last place; all other values are None.
+    slices to the process that answers. `ReportedOnce` sees to it that only the slice that ends a
+    finished request is sent. It holds the report in its last place, and None in as many others as
+    there are tokens, since a stream of deltas cuts off those of the tokens before.
 
     Args:
         req: SGLang's request.
@@ -68,10 +69,15 @@ class RequestReport:
             total[4] = reused
         self._steps += 1
 
-    def __getitem__(self, tokens: slice) -> list[dict[str, Any] | None]:
-        values: list[dict[str, Any] | None] = [None] * max(tokens.stop - (tokens.start or 0), 0)
+    @property
+    def is_due(self) -> bool:
+        """Whether the request has ended."""
         req = self._req()
-        if values and req is not None and req.finished():
+        return req is not None and req.finished()
+
+    def __getitem__(self, tokens: slice) -> list[dict[str, Any] | None]:
+        values: list[dict[str, Any] | None] = [None] * tokens.stop
+        if values and self.is_due:
             values[-1] = self.to_dict()
         return values
 
@@ -96,6 +102,22 @@ class RequestReport:
             "kept_mass": mass / counted if counted else None,
             "prefix_pages_reused": int(reused),
         }
+
+
+class ReportedOnce(dict[str, Any]):
+    """A request's values by name, as SGLang keeps them; a report is shown once it is due.
+
+    Sent with every token, it would cost the scheduler and the process that answers a list, and its
+    pickling, a request and step.
+    """
+
+    def items(self) -> Any:
+        """The values to send now."""
+        return [
+            (name, values)
+            for name, values in super().items()
+            if not isinstance(values, RequestReport) or values.is_due
+        ]
 
 
 def last_report(values: Any) -> dict[str, Any] | None:
