@@ -39,9 +39,9 @@ class TwilightConfig:
     p: float = _knob(
         0.95, "attention mass that each query head keeps of its candidates, in (0, 1]; 1 keeps all"
     )
-    selector: str = _knob("quest", "algorithm that names candidate pages")
+    selector: str = _knob("half_bound", "algorithm that names candidate pages")
     selector_budget: float = _knob(
-        0.25, "candidates (B0): a fraction of the context if at most 1, else tokens"
+        0.2, "candidates (B0): a fraction of the context if at most 1, else tokens"
     )
     min_candidate_tokens: int = _knob(
         2048, "a fraction of the context comes to at least so many candidates; 0: to itself"

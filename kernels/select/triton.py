@@ -211,7 +211,9 @@ def choose_slice(
     COLUMNS_PAD: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """As `choose_pages` does, of the SLICE pages from `first` on.
+    """As `choose_pages` does, of the SLICE pages from `first` on, so that others list the rest.
+
+    The search is over all scores all the same: waiting for each other would take longer.
 
     Returns:
         [SLICE] whether each page is a candidate, [SLICE] its place among all candidates, and how
@@ -332,18 +334,24 @@ def _select_kernel(
         SLICE: tl.constexpr = COLUMNS_PAD // PARTS
         position = part * SLICE + tl.arange(0, SLICE)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, position < pages, other=0)
-        # Every part searches all scores, which costs no time, and lists its own slice.
-        chosen, place, count = choose_slice(
-            scores_ptr + pair.to(tl.int64) * stride_scores,
-            length,
-            budget_ptr,
-            part * SLICE,
-            SINK,
-            RECENT,
-            PS,
-            COLUMNS_PAD,
-            SLICE,
-        )
+        pair_scores_ptr = scores_ptr + pair.to(tl.int64) * stride_scores
+        if PARTS == 1:
+            chosen, count = choose_pages(
+                pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
+            )
+            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+        else:
+            chosen, place, count = choose_slice(
+                pair_scores_ptr,
+                length,
+                budget_ptr,
+                part * SLICE,
+                SINK,
+                RECENT,
+                PS,
+                COLUMNS_PAD,
+                SLICE,
+            )
         tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + place, page, chosen)
         if CENTRED:
             tl.store(positions_ptr + pair.to(tl.int64) * width + place, position, chosen)
@@ -360,13 +368,10 @@ def _select_kernel(
 def _tiling(columns_pad: int, pairs: int) -> tuple[int, int]:
     """Programs that list a (request, KV head)'s candidates, and their warps."""
     if is_interpreted():
-        return 2, 4
-    parts = 1
-    while parts < 8 and pairs * parts < 64 and columns_pad // parts > 512:
-        parts *= 2
+        return (2 if pairs <= 8 else 1), 4
     if columns_pad > 4096:
-        return parts, 16
-    return parts, 8 if columns_pad > (1024 if pairs <= 64 else 2048) else 4
+        return (8 if pairs <= 8 else 1), 16
+    return 1, 8 if columns_pad > (1024 if pairs <= 64 else 2048) else 4
 
 
 def select_pages(

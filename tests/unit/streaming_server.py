@@ -152,10 +152,11 @@ class StreamingServer:
                 "kept_tokens": self.context // 10,
             }
             heads = {"layer_ids": [0], "kept_fraction": None, "kept_mass": None}
-            steps = {"sparse_rows": 0}
+            steps = {"sparse_rows": 0, "decode": 0, "dense": 0}
             if self.context:
                 heads |= {"kept_fraction": [[0.1]], "kept_mass": [[0.95]]}
-                steps = {"sparse_rows": self.context // 100}
+                rows = self.context // 100
+                steps = {"sparse_rows": rows, "decode": rows, "dense": 0}
             state["twilight"] = {"config": {"p": 0.95}, "budget": budget, "heads": heads}
             state["twilight"]["steps"] = steps
         about = {"max_total_num_tokens": 100_000, "internal_states": [state], **self.info}

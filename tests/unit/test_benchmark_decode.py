@@ -43,7 +43,7 @@ def stream(*chunks: tuple[float, int], sent_s: float = 0.0, ids: list[int] | Non
 def info(context: int, candidates: int, kept: int) -> dict[str, Any]:
     tokens = {"context_tokens": context, "candidate_tokens": candidates, "kept_tokens": kept}
     heads = {"layer_ids": [0], "kept_fraction": [[kept / max(context, 1)]], "kept_mass": [[0.9]]}
-    steps = {"sparse_rows": context // 1000}
+    steps = {"sparse_rows": context // 1000, "decode": context // 250, "dense": context // 1000}
     state = {"twilight": {"config": {"p": 0.9}, "budget": tokens, "heads": heads, "steps": steps}}
     return {"max_total_num_tokens": 4096, "internal_states": [state]}
 
@@ -177,6 +177,7 @@ def test_rows(rows: list[dict[str, Any]]) -> None:
     assert (ours["kv_tokens"], ours["agreement_with"]) == (4096, "fa3")
     assert ours["agreement"] == {"equal_share": pytest.approx(0.55), "exact_share": 0.5}
     assert ours["budget"]["kept_share"] == 0.02
+    assert ours["steps"] == {"decode": 4, "dense": 1}
     assert ours["twilight"] == {"p": 0.9}
 
 
@@ -186,8 +187,8 @@ def test_table(rows: list[dict[str, Any]]) -> None:
     assert "to fa3" in head
     assert "TTFT prefix" not in head
     assert "| 2x1k | twilight | 100 / 100 |" in ours
-    assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 55.0% | 50.0% |" in ours
-    assert "| 1.00x | 5000 | all | all | 75.0% | 50.0% |" in dense
+    assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 1 of 4 | 55.0% | 50.0% |" in ours
+    assert "| 1.00x | 5000 | all | all |  | 75.0% | 50.0% |" in dense
 
 
 def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def agreement(
     }
 
 
+def steps_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, int] | None:
+    """Decode steps between two `/server_info` and those that ran dense; None without Twilight."""
+    states = (twilight_states(before), twilight_states(after))
+    if not all(states):
+        return None
+    return {
+        name: sum(state["steps"][name] for state in states[1])
+        - sum(state["steps"][name] for state in states[0])
+        for name in ("decode", "dense")
+    }
+
+
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
@@ -130,6 +142,7 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
                 "budget": None if spent is None else spent.shares(),
+                "steps": steps_between(result.before, result.after),
                 "agreement": agreement(result.timed, other, output_tokens),
                 "agreement_with": first if result.backend != first else f"{first}, run twice",
                 "twilight": states[0]["config"] if states else None,
@@ -160,10 +173,10 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     head = ["load", "backend", "TTFT cold"]
     head += ["TTFT prefix cached"] if with_prefix else []
     head += ["TTFT all cached", "ms a token", "tokens/s", f"to {first}", "KV tokens"]
-    head += ["candidates", "kept", "equal", "exact"]
+    head += ["candidates", "kept", "dense steps", "equal", "exact"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        spent = row["budget"] or {}
+        spent, steps = row["budget"] or {}, row["steps"]
         lines.append(
             [
                 row["load"],
@@ -177,6 +190,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
                 str(row["kv_tokens"]),
                 _share(spent.get("candidate_share")),
                 _share(spent.get("kept_share")),
+                f"{steps['dense']} of {steps['decode']}" if steps else "",
                 f"{row['agreement']['equal_share']:.1%}",
                 f"{row['agreement']['exact_share']:.1%}",
             ]

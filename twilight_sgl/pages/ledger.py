@@ -64,9 +64,12 @@ class Ledger:
 
     def _write_requests(self, values: dict[int, float]) -> None:
         device = self._requests.p.device
-        pinned = device.type == "cuda"
-        slots = torch.tensor(list(values), dtype=torch.long, pin_memory=pinned)
-        slots = slots.to(device, non_blocking=True)
-        p = torch.tensor(list(values.values()), dtype=torch.float32, pin_memory=pinned)
-        self._requests.p.index_copy_(0, slots, p.to(device, non_blocking=True))
+        # One copy for both; float64 holds every slot.
+        rows = torch.tensor(
+            [list(values), list(values.values())],
+            dtype=torch.float64,
+            pin_memory=device.type == "cuda",
+        ).to(device, non_blocking=True)
+        slots = rows[0].long()
+        self._requests.p.index_copy_(0, slots, rows[1].float())
         self._requests.first_step.index_fill_(0, slots, True)
