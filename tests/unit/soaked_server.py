@@ -19,6 +19,7 @@ class SoakedServer(StreamingServer):
         grammar: whether it takes constrained requests.
         events: what to do once so many requests came.
         dies_at_flush: a flush ends it.
+        restarts: it counts from 0 again once it has told of a request.
     """
 
     def __init__(
@@ -29,16 +30,17 @@ class SoakedServer(StreamingServer):
         grammar: bool = True,
         events: dict[int, Callable[["SoakedServer"], None]] | None = None,
         dies_at_flush: bool = False,
+        restarts: bool = False,
     ) -> None:
         super().__init__()
-        self.dies_at_flush = dies_at_flush
+        self.dies_at_flush, self.restarts = dies_at_flush, restarts
         self.grammar, self.events = grammar, events or {}
         self.sealing = sealing
         self.config = {"audit_interval": audit_interval, "min_context_tokens": 256}
         self.violations = 0
         self.audits = True
         self.broken = self.dead = False
-        self.restarts_at = 0
+        self.counted_before = self.told_steps = 0
 
     def break_(self) -> None:
         """Answer requests with an error from now on."""
@@ -51,10 +53,6 @@ class SoakedServer(StreamingServer):
     def die(self) -> None:
         """Answer nothing from now on."""
         self.dead = True
-
-    def restart(self) -> None:
-        """Count from 0 again."""
-        self.restarts_at = len(self.requests)
 
     def violate(self) -> None:
         """Have found a summary that is not that of its keys."""
@@ -100,7 +98,10 @@ class SoakedServer(StreamingServer):
     async def _info(self, request: web.Request) -> web.Response:
         if self.dead and request.transport is not None:
             request.transport.abort()
-        steps = len(self.requests) - self.restarts_at
+        if self.restarts and self.told_steps:
+            self.counted_before = len(self.requests)
+            self.restarts = False
+        steps = self.told_steps = len(self.requests) - self.counted_before
         others: dict[str, Any] = {
             "audit_checks": steps if self.audits else 0,
             "audit_violations": self.violations,

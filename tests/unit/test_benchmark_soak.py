@@ -293,7 +293,7 @@ def no_audit(server: SoakedServer) -> None:
         ),
         (SoakedServer(events={9: SoakedServer.die}), "ended ("),
         (SoakedServer(dies_at_flush=True), "ended ("),
-        (SoakedServer(events={60: SoakedServer.restart}), "was restarted"),
+        (SoakedServer(restarts=True), "was restarted"),
         (SoakedServer(events={1: no_audit}), "the last batch was not audited"),
         (SoakedServer(sealing=False), "no page was sealed"),
     ],

@@ -120,7 +120,7 @@ def test_screen_fits_80_columns() -> None:
     assert all(len(line) <= 80 for line in text.splitlines())
     for words in (
         "Twilight: m",
-        "12.5 tokens/s   3 running   1 waiting   p = 0.95, quest",
+        "12.5 tokens/s   3 running   1 waiting   p = 0.95, half_bound",
         "500 sealed of 512; 246,912 summaries built in 30864.00 s",
         "370,368 prefix pages found sealed",
         "off (--twilight-audit-interval)",
