@@ -4,7 +4,9 @@ Every (request, KV head) has a number of tokens and a way to find their slots: a
 pruning, candidate pages without it, the page table for rows that are not sparse. The tokens of all,
 one after another, are cut into as many equal parts as there are programs. So a program attends to
 the end of one list, some whole ones, and the beginning of another; whoever is last to finish with a
-list that several have a part of merges their partial results.
+list that several have a part of merges their partial results. Behind each list comes a gap of no
+tokens, which counts for the time that beginning a list takes: else the programs with many short
+lists would be late.
 """
 
 import torch
@@ -26,7 +28,7 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 
-_PROGRAMS = 4  # an SM
+_MOST_PROGRAMS = 6  # an SM
 _FEW_PAIRS = 8
 
 
@@ -49,14 +51,14 @@ def _attend_kernel(
     stride_page_ids,
     stride_q_row,
     stride_q_head,
-    stride_key_slot,
     stride_key_head,
-    stride_value_slot,
     stride_value_head,
     stride_out_row,
     stride_out_head,
     sm_scale,
     logit_cap,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     LOG2E: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -74,21 +76,24 @@ def _attend_kernel(
     PAIRS_PAD: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     LEAST: tl.constexpr,
+    GAP: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
     every = tl.arange(0, PAIRS_PAD)
-    ends = tl.cumsum(tl.load(kept_tokens_ptr + every, every < pairs, other=0), 0)
+    kept = tl.load(kept_tokens_ptr + every, every < pairs, other=0)
+    ends = tl.cumsum(tl.where(kept > 0, kept + GAP, 0), 0)
     total = tl.max(ends, 0)
     share = (total + tl.num_programs(0) - 1) // tl.num_programs(0)
     share = tl.maximum((share + TILE - 1) // TILE * TILE, LEAST)
     program = tl.program_id(0)
-    token = program * share
-    last = tl.minimum(token + share, total)
-    while token < last:
-        before = ends <= token
+    place = program * share
+    last = tl.minimum(place + share, total)
+    place = tl.max(tl.where((ends - GAP <= place) & (place < ends), ends, place), 0)
+    while place < last:
+        before = ends <= place
         pair = tl.sum(before.to(tl.int32), 0)
         first = tl.max(tl.where(before, ends, 0), 0)
         row64 = (pair // HK).to(tl.int64)
@@ -96,9 +101,9 @@ def _attend_kernel(
         tokens = tl.load(kept_tokens_ptr + pair)
         is_sparse = tl.load(sparse_ptr + row64) != 0
         by_token = LISTS_TOKENS & is_sparse
-        start = token - first
+        start = place - first
         end = tl.minimum(tokens, last - first)
-        token = first + end
+        place = first + tokens + GAP
         list_ptr = lists_ptr + pair.to(tl.int64) * stride_list
         if not is_sparse:
             list_ptr = page_ids_ptr + row64 * stride_page_ids
@@ -111,10 +116,10 @@ def _attend_kernel(
             end,
             by_token,
             stride_q_head,
-            stride_key_slot,
-            stride_value_slot,
             sm_scale,
             logit_cap,
+            KEY_STRIDE,
+            VALUE_STRIDE,
             LOG2E,
             HAS_CAP,
             COMPUTE,
@@ -197,22 +202,28 @@ class AttendWorkspace:
         self, max_batch: int, heads_q: int, heads_kv: int, dim_v: int, device: torch.device
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
-        partials = 2 * grid_programs(device, _PROGRAMS)
+        partials = 2 * grid_programs(device, _MOST_PROGRAMS)
         padded = triton.next_power_of_2(dim_v)
         self.partial = torch.empty(partials * rows * padded, dtype=torch.float32, device=device)
         self.partial_stats = torch.empty(partials * 2 * rows, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
 
 
-def _tiling(bytes_per_token: int, pairs: int) -> tuple[int, int, int, int, int]:
-    """Least tokens of a program, tokens of a tile, pipeline stages, warps, programs an SM."""
+def _tiling(bytes_per_token: int, pairs: int) -> tuple[int, int, int, int, int, int, int]:
+    """Least tokens of a program, gap, tile, stages, warps, programs an SM, values merged at once.
+
+    Values merged are a thread's, of partial results. They decide how many registers it takes,
+    and so how many programs an SM holds.
+    """
     if is_interpreted():
-        return 16, 16, 1, 4, 1
-    if 256 < bytes_per_token <= 512 and pairs <= _FEW_PAIRS:  # one tile, and fewer to merge
-        return 128, 128, 1, 4, 2
-    if bytes_per_token > 256:  # more buffers would leave room for fewer programs
-        return 128, (64 if bytes_per_token <= 512 else 32), 1, 2, _PROGRAMS
-    return 128, 64, 5, 2, _PROGRAMS
+        return 16, 16, 16, 1, 4, 1, 128
+    if bytes_per_token > 512:
+        return 128, 0, 32, 1, 2, 4, 128
+    if bytes_per_token > 256 and pairs <= _FEW_PAIRS:
+        return 128, 0, 128, 1, 4, 2, 128  # one tile, and fewer to merge
+    if bytes_per_token > 256:
+        return 128, 0, 64, 1, 2, 4, 128
+    return 128, 0, 64, 5, 2, 4, 128
 
 
 def attend(
@@ -252,7 +263,7 @@ def attend(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     token_bytes = (dim + dim_v) * key_cache.element_size()
-    least, tile, stages, warps, programs = _tiling(token_bytes, batch * heads_kv)
+    least, gap, tile, stages, warps, programs, merged = _tiling(token_bytes, batch * heads_kv)
     _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,
@@ -271,14 +282,14 @@ def attend(
         page_ids.stride(0),
         q.stride(0),
         q.stride(1),
-        key_cache.stride(1),
         key_cache.stride(2),
-        value_cache.stride(1),
         value_cache.stride(2),
         out.stride(0),
         out.stride(1),
         sm_scale,
         logit_cap,
+        KEY_STRIDE=key_cache.stride(1),
+        VALUE_STRIDE=value_cache.stride(1),
         LOG2E=LOG2E,
         HAS_CAP=logit_cap != 0,
         HAS_SINKS=sinks is not None,
@@ -294,8 +305,9 @@ def attend(
         DV_PAD=dim_v_pad,
         PS=page_size,
         PAIRS_PAD=triton.next_power_of_2(batch * heads_kv),
-        SPLIT_BLOCK=max(1, warps * 4096 // (rows * dim_v_pad)),
+        SPLIT_BLOCK=max(1, warps * 32 * merged // (rows * dim_v_pad)),
         LEAST=least,
+        GAP=gap,
         TILE=tile,
         STAGES=stages,
         **launch_options(warps),

@@ -58,10 +58,16 @@ def _estimate_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    ITEM_PAGES: tl.constexpr = BLOCK // PS * BLOCKS
+    PAGES: tl.constexpr = BLOCK // PS
     rows = tl.arange(0, BATCH_PAD)
     counts = tl.load(counts_ptr + rows * HK, rows < batch, other=0)
-    items = (counts + ITEM_PAGES - 1) // ITEM_PAGES
+    item_pages = PAGES * BLOCKS
+    # Where programs are many to a (request, KV head), so many pages that each has one item at most.
+    spare = tl.num_programs(0) - batch * HK
+    if spare >= 3 * batch * HK:
+        each = tl.maximum(tl.cdiv(tl.sum(counts, 0) * HK, spare), 1)
+        item_pages = tl.cdiv(each, PAGES) * PAGES
+    items = (counts + item_pages - 1) // item_pages
     ends = tl.cumsum(items, 0)
     head = tl.arange(0, G_PAD)
     for item in range(tl.program_id(0), tl.sum(items, 0) * HK, tl.num_programs(0)):
@@ -69,7 +75,7 @@ def _estimate_kernel(
         pair = (row * HK + head_kv).to(tl.int64)
         count = tl.load(counts_ptr + pair)
         length = tl.load(seq_lens_ptr + row)
-        first_page = block * ITEM_PAGES
+        first_page = block * item_pages
         pair_middles_ptr = middles_ptr
         pair_positions_ptr = positions_ptr
         if CENTRED:
@@ -88,7 +94,7 @@ def _estimate_kernel(
             logits_ptr + (pair * G + head[:, None]) * (width * PS),
             head_kv,
             first_page,
-            tl.minimum(first_page + ITEM_PAGES, count),
+            tl.minimum(first_page + item_pages, count),
             1,
             count,
             (length - 1) % PS + 1,

@@ -8,6 +8,7 @@ from cases import DEVICE, Case, Drawn, check_selection, chosen_positions, draw, 
 
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.triton_pipeline import TritonDecode
+from twilight_sgl.kernels.estimate import triton as estimate_kernel
 from twilight_sgl.kernels.estimate.reference import estimate_logits
 from twilight_sgl.kernels.top_p.reference import top_p_mask
 
@@ -214,6 +215,25 @@ def test_int4_estimate_equals_reference(estimator: str, one_launch: bool) -> Non
         assert (got - expected[row, :, :tokens]).abs().max() < 1e-3
     mask = top_p_mask(expected, plan.p)
     assert mask.any()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ragged", (300, 33, 0, 140), 4, 2, 64, budget=0.7),
+        Case("centred", (300, 90), 4, 2, 64, estimator="int4_centred", key_offset=9.0),
+        Case("exact", (300, 90), 4, 2, 64, budget=0.7, estimator="exact"),
+        Case("all-dense", (70, 5), dense=(0, 1)),
+    ],
+    ids=lambda case: case.name,
+)
+def test_many_programs_share_out_the_candidates(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = len(case.lengths) * case.heads_kv
+    for programs in (4 * pairs, 5 * pairs + 1, 40 * pairs):
+        monkeypatch.setattr(estimate_kernel, "grid_programs", lambda *_, n=programs: n)
+        check_pipeline(case, one_launch=False)
 
 
 def test_unsupported_shapes_say_why() -> None:
