@@ -222,8 +222,8 @@ def _tiling(bytes_per_token: int, pairs: int) -> tuple[int, int, int, int, int, 
     if bytes_per_token > 256 and pairs <= _FEW_PAIRS:
         return 128, 0, 128, 1, 4, 2, 128  # one tile, and fewer to merge
     if bytes_per_token > 256:
-        return 128, 0, 64, 1, 2, 4, 128
-    return 128, 0, 64, 5, 2, 4, 128
+        return 128, 128, 64, 3, 2, 4, 128
+    return 128, 192, 64, 5, 2, 4, 128
 
 
 def attend(

@@ -116,7 +116,8 @@ def budget_problem(family: "Family", before: dict[str, Any], after: dict[str, An
     if not context == candidates == kept:
         return f"of {context} tokens {candidates} were candidates and {kept} kept"
     once = sum(size + step for size in PROMPT_TOKENS for step in range(1, TOKENS))
-    layers = context / (once * family.settings["num_key_value_heads"])
+    # A rank counts its own KV heads.
+    layers = context / (once * family.settings["num_key_value_heads"] // family.gpus)
     # Overlap scheduling decodes one more token than a request takes.
     if round(layers, 0) != family.selecting_layers:
         return f"{layers:.2f} layers were sparse, expected {family.selecting_layers}"
@@ -197,11 +198,12 @@ def audit_problem(state: dict[str, Any]) -> str:
 
 def idle(family: "Family", server: Server) -> str:
     """Speculative decoding runs, densely, whatever a request asks of Twilight."""
-    prompt = prompts()[-1]
+    # The first two runs fill the radix cache and the n-grams: what is drafted, and so how many
+    # tokens a pass verifies and how it rounds, is then the same for the two that are compared.
     dense, asked = (
-        decode(server, prompt, 4 * TOKENS, wish)["output_ids"]
-        for wish in ({"enabled": False}, {"p": 0.05})
-    )
+        decode(server, prompts()[-1], 4 * TOKENS, wish)["output_ids"]
+        for wish in (*[{"enabled": False}] * 3, {"p": 0.05})
+    )[2:]
     state = server.twilight()
     if state["budget"]["context_tokens"] or state["pages"]["sealed"]:
         return f"not idle: {state['budget']}, {state['pages']}"
