@@ -120,11 +120,11 @@ def _estimate_kernel(
         )
 
 
-def _tiling(pages: int) -> tuple[int, int, int, int, int]:
+def _tiling(pages: int, dim: int) -> tuple[int, int, int, int, int]:
     """Tokens of a block, blocks of an item, blocks in flight, warps, programs an SM."""
     if is_interpreted():
         return 64, 2, 1, 4, 1
-    if pages >= 32768:
+    if pages >= 32768 and dim > 64:
         return 128, (8 if pages >= 65536 else 4), 7, 4, 6
     return (64, 4, 5, 2, 8) if pages >= 8192 else (128, 1, 1, 2, 8)
 
@@ -169,7 +169,7 @@ def estimate_logits(
     page_size, heads_kv = key_cache.shape[1:3]
     group = heads_q // heads_kv
     block, blocks, stages, warps, programs = _tiling(
-        batch * heads_kv * candidate_page_ids.shape[-1]
+        batch * heads_kv * candidate_page_ids.shape[-1], dim
     )
     block = max(block, page_size)
     _estimate_kernel[(grid_programs(q.device, programs),)](

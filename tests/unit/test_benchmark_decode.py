@@ -2,12 +2,14 @@
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,13 @@ from twilight_sgl.benchmark.decode_figures import (
 )
 from twilight_sgl.benchmark.decode_options import check_loads, choose_backends, parse_urls
 from twilight_sgl.benchmark.prompts import Load, cut_prompts, encode_tokens, parse_loads
-from twilight_sgl.benchmark.servers import fit_at_once, pool_tokens, running, server_flags
+from twilight_sgl.benchmark.servers import (
+    Server,
+    fit_at_once,
+    pool_tokens,
+    running,
+    server_flags,
+)
 from twilight_sgl.benchmark.streaming import MeasurementError, Stream, generate, open_session
 from twilight_sgl.errors import TwilightError
 
@@ -189,6 +197,22 @@ def test_table(rows: list[dict[str, Any]]) -> None:
     assert "| 2x1k | twilight | 100 / 100 |" in ours
     assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 1 of 4 | 55.0% | 50.0% |" in ours
     assert "| 1.00x | 5000 | all | all |  | 75.0% | 50.0% |" in dense
+
+
+def test_of_several_starts_the_median_is_shown() -> None:
+    nothing = {"max_total_num_tokens": 5000}
+
+    def measured(backend: str, seconds: float) -> Measured:
+        each = [stream((0.1, 1), (0.1 + seconds, 11))]
+        return Measured(backend, LOAD, each, None, each, nothing, nothing)
+
+    seconds = {"fa3": (1.0, 4.0, 2.0), "twilight": (0.5, 1.0, 2.0)}
+    results = [measured(name, each) for name, of in seconds.items() for each in of]
+    dense, ours = build_rows(results, "fa3", 10)
+    assert dense["tokens_per_s_by_start"] == pytest.approx([10, 2.5, 5])
+    assert (dense["tokens_per_s"], dense["throughput_ratio"]) == (pytest.approx(5), 1.0)
+    assert ours["throughput_ratio"] == pytest.approx(2)
+    assert "| 10.0 (5.00 to 20.0) | 2.00x |" in format_table([dense, ours])
 
 
 def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -532,6 +556,32 @@ def test_a_run(
     ]
 
 
+def test_every_other_start_turns_the_order_round(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
+        urls = {"torch_native": dense.url, "twilight": ours.url}
+
+        @contextlib.contextmanager
+        def start(flags: dict[str, tuple[str, ...]], *_: object, **__: object) -> Iterator[list]:
+            started.append(list(flags))
+            yield [Server(name, urls[name]) for name in flags]
+
+        monkeypatch.setattr(decode, "running", start)
+        status = benchmark(
+            monkeypatch,
+            *("--model-path", model, "--text", model / "text", "--out", tmp_path),
+            *("--backends", "torch_native,twilight", "--loads", "1x100", "--output-tokens", "16"),
+            *("--side-by-side", "--starts", "2"),
+        )
+    assert status == 0
+    assert started == [["torch_native", "twilight"], ["twilight", "torch_native"]]
+    rows = json.loads((tmp_path / "decode.json").read_text())
+    assert [row["backend"] for row in rows] == ["torch_native", "twilight"]
+    assert [len(row["tokens_per_s_by_start"]) for row in rows] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("flags", "known", "complaint"),
     [
@@ -548,6 +598,8 @@ def test_a_run(
         (["--loads", "1x100", "--text", "nowhere"], {}, "--text nowhere cannot be read"),
         (["--loads", "1x100", "--model-path", "/not/there"], {}, "--model-path /not/there"),
         (["--loads", "1x100", "--urls", "dense=http://127.0.0.1:9"], {}, "does not answer"),
+        (["--loads", "1x100", "--starts", "0"], {}, "--starts 0: start the servers at least once"),
+        (["--loads", "1x100", "--starts", "2"], {}, "those of --urls run already"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if value else "nothing",
 )

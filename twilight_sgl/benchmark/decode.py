@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import shlex
 import sys
@@ -18,6 +19,7 @@ from twilight_sgl.benchmark.decode_options import (
     add_arguments,
     check_loads,
     check_server,
+    check_starts,
     choose_backends,
     parse_urls,
 )
@@ -273,6 +275,7 @@ def _run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     urls = parse_urls(args.urls)
     names = choose_backends(args.backends, urls, device)
+    check_starts(args.starts, urls)
     model = args.model_path
     info = _first_info(urls) if urls else {}
     if model is None and urls:
@@ -287,8 +290,9 @@ def _run(args: argparse.Namespace) -> None:
     most = max(map(benchmark.most_tokens, args.loads))
     groups = _groups(args, names, urls, model, config, most, device)
     passes = len(names) * len(args.loads) * (3 if args.shared_prefix else 2)
-    for group in groups:
-        with _servers(group, urls, args) as servers:
+    for start, group in itertools.product(range(args.starts), groups):
+        turns = dict(reversed(group.items())) if start % 2 else group
+        with _servers(turns, urls, args) as servers:
             share = passes * len(group) // len(names)
             with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
                 asyncio.run(benchmark.measure(servers, progress))

@@ -1,6 +1,7 @@
 """Figures of the decode benchmark: from streams to rows, a table and a picture."""
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,15 +119,24 @@ def steps_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, in
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
-    The first backend's own agreement is that of its two passes: noise.
+    Of several starts a row describes the one with the median throughput (the lower of two), and
+    ratios are of medians. The first backend's own agreement is that of its two passes: noise.
     """
-    reference = {result.load: result for result in results if result.backend == first}
+    starts: dict[tuple[Load, str], list[Measured]] = {}
+    for result in results:
+        starts.setdefault((result.load, result.backend), []).append(result)
+    speeds = {key: [steady_phase(each.timed) for each in of] for key, of in starts.items()}
+    rates = {key: [speed["tokens_per_s"] for speed in of] for key, of in speeds.items()}
+    middle = {key: of.index(statistics.median_low(of)) for key, of in rates.items()}
+    chosen = {key: of[middle[key]] for key, of in starts.items()}
     rows = []
     for load in dict.fromkeys(result.load for result in results):
-        base = steady_phase(reference[load].timed)["tokens_per_s"]
-        for result in (result for result in results if result.load == load):
-            speed = steady_phase(result.timed)
-            other = reference[load].timed if result.backend != first else result.cold
+        base = statistics.median(rates[load, first])
+        for key, result in chosen.items():
+            if key[0] != load:
+                continue
+            speed = speeds[key][middle[key]]
+            other = chosen[load, first].timed if result.backend != first else result.cold
             states = twilight_states(result.after)
             spent = between(result.before, result.after)
             row: dict[str, Any] = {
@@ -138,7 +148,8 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "ttft_cold_ms": percentiles([stream.first_token_s for stream in result.cold]),
                 "ttft_cached_ms": percentiles([stream.first_token_s for stream in result.timed]),
                 **speed,
-                "throughput_ratio": speed["tokens_per_s"] / base,
+                "tokens_per_s_by_start": rates[key],
+                "throughput_ratio": statistics.median(rates[key]) / base,
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
                 "budget": None if spent is None else spent.shares(),
@@ -160,6 +171,13 @@ def _number(value: float) -> str:
 
 def _pair(values: dict[str, float]) -> str:
     return f"{_number(values['p50'])} / {_number(values['p95'])}"
+
+
+def _rates(row: dict[str, Any]) -> str:
+    """Throughput, and where there were several starts its range over them."""
+    every = row["tokens_per_s_by_start"]
+    text = _number(row["tokens_per_s"])
+    return f"{text} ({_number(min(every))} to {_number(max(every))})" if len(every) > 1 else text
 
 
 def _share(value: float | None) -> str:
@@ -185,7 +203,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
                 *([_pair(row["ttft_prefix_ms"])] if with_prefix else []),
                 _pair(row["ttft_cached_ms"]),
                 _pair(row["tpot_ms"]),
-                _number(row["tokens_per_s"]),
+                _rates(row),
                 f"{row['throughput_ratio']:.2f}x",
                 str(row["kv_tokens"]),
                 _share(spent.get("candidate_share")),

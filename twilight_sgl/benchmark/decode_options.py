@@ -50,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start all servers at once, with KV pools as large as the loads need, and take turns "
         "(default: if they fit); else one after another",
     )
+    parser.add_argument(
+        "--starts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="start the servers N times, in the opposite order every other time, and report the "
+        "medians: where steps are short one process decodes faster than another, whatever its "
+        "backend (default: %(default)s)",
+    )
     parser.add_argument("--p", type=float, default=0.95, help="--twilight-p of started servers")
     parser.add_argument("--text", type=Path, help="for the prompts; by default what Python ships")
     parser.add_argument("--seed", type=int, default=0, help="where in the text prompts begin")
@@ -97,6 +106,16 @@ def choose_backends(given: str | None, urls: dict[str, str], device: str) -> lis
             f"--urls names {', '.join(sorted(unused))}, --backends does not: add it there"
         )
     return names
+
+
+def check_starts(starts: int, urls: dict[str, str]) -> None:
+    """Raise TwilightError for a number of starts that cannot be, or of servers that run."""
+    if starts < 1:
+        raise TwilightError(f"--starts {starts}: start the servers at least once")
+    if starts > 1 and urls:
+        raise TwilightError(
+            f"--starts {starts} starts servers again, those of --urls run already: drop one of them"
+        )
 
 
 def check_loads(
