@@ -1,0 +1,1 @@
+"""Page scores of query heads, made comparable."""
