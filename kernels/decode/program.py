@@ -6,7 +6,7 @@ import triton.language as tl
 from twilight_sgl.kernels.attend.parts import attend_span, store_group, store_partial
 from twilight_sgl.kernels.estimate.parts import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
-from twilight_sgl.kernels.page_score.triton import largest_of_group, score_pages, split_query
+from twilight_sgl.kernels.page_score.triton import score_pages, split_query
 from twilight_sgl.kernels.select.triton import choose_pages, zero_group
 from twilight_sgl.kernels.top_p.triton import find_thresholds, keep_any
 
@@ -226,7 +226,7 @@ def decode_kernel(
                 D,
                 D_PAD,
             )
-            tl.store(pair_scores_ptr + column, largest_of_group(score, G, SCORE_ROWS), inside)
+            tl.store(pair_scores_ptr + column, score, inside)
         _meet(arrivals_ptr, parts, parts)
 
         chosen, count = choose_pages(

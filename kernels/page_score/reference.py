@@ -3,13 +3,13 @@
 import torch
 
 
-def head_scores(
+def page_scores(
     q: torch.Tensor,
     min_max: torch.Tensor,
     page_ids: torch.Tensor,
     slack: float = 1.0,
 ) -> torch.Tensor:
-    """Products of each query head with the box around each page's keys.
+    """Products of q with the box around each page's keys, maximised over the heads of a group.
 
     q . middle + slack * |q| . radius. With all the slack it is the upper bound of q . k over the
     page (Quest, arXiv 2406.10774, eq. 2), which no key reaches in every channel at once.
@@ -20,7 +20,7 @@ def head_scores(
         page_ids: [B, T] physical page of every logical page; any valid id where there is none.
         slack: share of the box's radius that counts, in [0, 1].
     Returns:
-        [B, HQ, T] float32 unscaled products. Pages that are not sealed get whatever their memory
+        [B, HK, T] float32 unscaled products. Pages that are not sealed get whatever their memory
         holds: `select_pages` never looks at those.
     """
     batch, _, dim = q.shape
@@ -30,15 +30,4 @@ def head_scores(
     reach = slack * grouped.abs()
     score = torch.einsum("bhgd,bthd->bhgt", (grouped + reach) / 2, high)
     score += torch.einsum("bhgd,bthd->bhgt", (grouped - reach) / 2, low)
-    return score.flatten(1, 2)
-
-
-def page_scores(
-    q: torch.Tensor,
-    min_max: torch.Tensor,
-    page_ids: torch.Tensor,
-    slack: float = 1.0,
-) -> torch.Tensor:
-    """[B, HK, T] float32: `head_scores`, the largest of each group."""
-    heads = head_scores(q, min_max, page_ids, slack)
-    return heads.unflatten(1, (min_max.shape[1], -1)).amax(2)
+    return score.amax(2)

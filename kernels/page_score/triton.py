@@ -68,7 +68,7 @@ def score_pages(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """[G_PAD, BLOCK] float32: a group's products with the boxes of [BLOCK] pages.
+    """[BLOCK] float32: a group's largest products with the boxes of [BLOCK] pages.
 
     With CENTRED also writes its products with the boxes' middles to middles_ptr, the (request, KV
     head)'s [T, G_ROWS] by logical page, `position`.
@@ -89,13 +89,7 @@ def score_pages(
             score * 0.5,
             (member[:, None] >= 0) & (member[:, None] < G) & inside[None, :],
         )
-    return score * ((1.0 + SLACK) * 0.5)
-
-
-@triton.jit
-def largest_of_group(score, G: tl.constexpr, G_PAD: tl.constexpr):
-    """[BLOCK] of [G_PAD, BLOCK]: the largest of the first G rows."""
-    head = tl.arange(0, G_PAD)
+    score *= (1.0 + SLACK) * 0.5
     return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
 
@@ -115,7 +109,6 @@ def _page_score_kernel(
     stride_q_head,
     stride_page_ids,
     SLACK: tl.constexpr,
-    BY_HEAD: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -177,14 +170,8 @@ def _page_score_kernel(
             D,
             D_PAD,
         )
-        pair = row64 * HK + head_kv
-        if BY_HEAD:
-            head = tl.arange(0, G_PAD)
-            out = scores_ptr + (pair * G + head[:, None]) * stride_scores + position[None, :]
-            tl.store(out, score, (head[:, None] < G) & inside[None, :])
-        else:
-            out = scores_ptr + pair * stride_scores + position
-            tl.store(out, largest_of_group(score, G, G_PAD), inside)
+        out = scores_ptr + (row64 * HK + head_kv) * stride_scores + position
+        tl.store(out, score, inside)
 
 
 def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int]:
@@ -223,14 +210,14 @@ def page_scores(
     page_size: int,
     slack: float = 1.0,
 ) -> None:
-    """What `reference.page_scores` or `reference.head_scores` says of sparse rows' full pages.
+    """What `reference.page_scores` says of each full page of sparse rows.
 
     Args:
         q: [B, HQ, D], last dimension contiguous.
         min_max: [P, HK, 2, D] page summaries of one layer, in the dtype of the keys or float8.
         page_ids: [B, T] int32; seq_lens: [B] int32; sparse: [B] bool: see `DecodePlan`.
-        scores: [B, HK, T] float32, or [B, HQ, T] for each query head's, written for the pages
-            before the one that holds the newest token; the rest keeps what it held.
+        scores: [B, HK, T] float32, written for the pages before the one that holds the newest
+            token; the rest keeps what it held.
         middles: [B, HK, T, G_ROWS] float32, G_ROWS being the next power of two of G: written for
             the same pages, the unscaled product of the group's query head g with the middle of the
             page's bounds in column g; None for estimators other than `int4_centred`.
@@ -258,7 +245,6 @@ def page_scores(
         q.stride(1),
         page_ids.stride(0),
         SLACK=slack,
-        BY_HEAD=scores.shape[1] != heads_kv,
         CENTRED=middles is not None,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,

@@ -203,8 +203,7 @@ def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:
     scores = decode.scores[:batch, :, :columns]
     full = torch.arange(columns, device=scores.device) < ((plan.seq_lens - 1) // size).unsqueeze(1)
     scored = (full & plan.sparse.unsqueeze(1)).unsqueeze(1)
-    score = selectors.get(case.selector)
-    reference = score(drawn.q, drawn.cache, plan.page_ids, plan.seq_lens)
+    reference = selectors.get(case.selector)(drawn.q, drawn.cache, plan.page_ids)
     if scored.any():
         wanted = torch.where(scored, reference, 0.0)
         error = (torch.where(scored, scores, 0.0) - wanted).abs().max()

@@ -7,7 +7,6 @@ import torch
 from cases import DEVICE, Case, Drawn, check_selection, chosen_positions, draw, expected_output
 
 from twilight_sgl.attention.pipeline import LayerOutput
-from twilight_sgl.attention.selectors.boxes import STANDARDIZED
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.estimate import triton as estimate_kernel
 from twilight_sgl.kernels.estimate.reference import estimate_logits
@@ -67,10 +66,6 @@ CASES = [
     Case("budget-of-least-tokens", (300, 90, 33), budget=0.1, min_candidate_tokens=100),
     Case("half-bound", (300, 90, 17), 6, 2, 80, selector="half_bound"),
     Case("half-bound-fp8", (140, 17), selector="half_bound", bounds_dtype=torch.float8_e4m3fn),
-    Case("z-bound", (300, 90, 17, 0, 33), 6, 2, 80, dense=(1,), selector="z_bound"),
-    Case("z-bound-fp8-bf16", (200, 40), 7, 1, 64, selector="z_bound", dtype=torch.bfloat16),
-    Case("z-bound-flat", (200,), q_scale=0.0, selector="z_bound"),
-    Case("z-bound-no-pruner", (90, 17), prune=False, selector="z_bound"),
     Case("budget-one-page", (140,), budget=0.001, sink_tokens=0, recent_tokens=0),
     Case("budget-all", (140, 33), budget=1.0),
     Case("forced-exceed-budget", (200,), budget=16, sink_tokens=40, recent_tokens=70),
@@ -92,7 +87,6 @@ CENTRED = [
     Case("centred-g1-d128-fp8-bounds", SHORT, 2, 2, 128, bounds_dtype=torch.float8_e4m3fn),
     Case("centred-g3-dense-row", (140, 90, 16, 0), 6, 2, dense=(1,), key_offset=9.0),
     Case("centred-g3-half-bound", (140, 33), 6, 2, selector="half_bound", key_offset=9.0),
-    Case("centred-g3-z-bound", (140, 33), 6, 2, selector="z_bound", key_offset=9.0),
     Case("centred-g7-d80-soft-cap", SHORT, 7, 1, 80, logit_cap=2.0, q_scale=3.0, key_offset=0.5),
     Case(
         "centred-g16-d96-fp8-bounds",
@@ -115,11 +109,7 @@ def test_pipeline_equals_reference(case: Case) -> None:
 
 
 # The stages are shared; tests/gpu runs every case in one launch too.
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES[::2] + CENTRED if case.selector not in STANDARDIZED],
-    ids=lambda case: case.name,
-)
+@pytest.mark.parametrize("case", CASES[::2] + CENTRED, ids=lambda case: case.name)
 def test_one_launch_equals_reference(case: Case) -> None:
     check_pipeline(case, one_launch=True)
 
@@ -163,13 +153,10 @@ def test_ties_go_to_the_earlier_page() -> None:
     assert positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 12]
 
 
-@pytest.mark.parametrize("selector", ["quest", "z_bound"])
 @pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
 @pytest.mark.parametrize("estimator", ["int4", "int4_centred"])
-def test_scores_that_are_not_finite_pick_valid_pages(
-    estimator: str, one_launch: bool, selector: str
-) -> None:
-    case = Case("nan", (16 * 12 + 5,), budget=0.5, estimator=estimator, selector=selector)
+def test_scores_that_are_not_finite_pick_valid_pages(estimator: str, one_launch: bool) -> None:
+    case = Case("nan", (16 * 12 + 5,), budget=0.5, estimator=estimator)
     drawn = draw(case)
     drawn.cache.min_max[drawn.plan.page_ids[0, 3].long()] = float("nan")
     drawn.cache.min_max[drawn.plan.page_ids[0, 5].long()] = float("inf")

@@ -17,7 +17,6 @@ from twilight_sgl.kernels.seal.reference import (
     summarize,
 )
 from twilight_sgl.kernels.select.reference import budget_pages, forced_pages, select_pages
-from twilight_sgl.kernels.standardize.reference import standardize_scores
 from twilight_sgl.kernels.top_p.reference import (
     BISECTION_STEPS,
     forced_tokens,
@@ -176,33 +175,6 @@ def test_slack_lies_between_the_middle_of_a_page_and_its_bound() -> None:
     torch.testing.assert_close(middle, expected)
     torch.testing.assert_close(half, (middle + bound) / 2)
     assert (bound > half).all() and (half > middle).all()
-
-
-def test_standard_scores_are_by_head_and_over_full_pages() -> None:
-    scores = random(2, 2, 4, 6)
-    scores[0, 0] *= 100.0  # a loud head
-    scores[0, 3] = 7.0  # and one that prefers nothing
-    seq_lens = torch.tensor([4 * PS + 1, 0])
-    got = standardize_scores(scores, seq_lens, page_size=PS, heads_kv=2)
-    full = scores[0, :, :4]
-    spread = full.std(-1, correction=0, keepdim=True)
-    standard = (full - full.mean(-1, keepdim=True)) / spread.where(spread > 1e-4, torch.inf)
-    torch.testing.assert_close(got[0, :, :4], standard.view(2, 2, 4).amax(1))
-    louder = scores.clone()
-    louder[0, 0] = scores[0, 0] * 5 + 3
-    again = standardize_scores(louder, seq_lens, page_size=PS, heads_kv=2)
-    torch.testing.assert_close(again[0, :, :4], got[0, :, :4])
-
-
-def test_scores_that_are_not_finite_stay_and_count_in_no_mean() -> None:
-    scores = random(3, 1, 2, 5)
-    seq_lens = torch.tensor([5 * PS + 3])
-    without = standardize_scores(scores[..., :4], seq_lens - PS, page_size=PS, heads_kv=1)
-    for value in (torch.inf, -torch.inf):
-        scores[..., 4] = value
-        got = standardize_scores(scores, seq_lens, page_size=PS, heads_kv=1)
-        assert got[0, 0, 4] == value
-        torch.testing.assert_close(got[..., :4], without)
 
 
 def test_min_max_of_a_page_by_head_and_channel() -> None:

@@ -49,7 +49,7 @@ def decode_reference(
         sm_scale: softmax scale; logit_cap: soft cap on logits, 0 for none.
         sinks: [HQ] learned attention sinks, see `attend`; top-p does not count their weight.
     """
-    scores = selectors.get(selection.selector)(q, cache, plan.page_ids, plan.seq_lens)
+    scores = selectors.get(selection.selector)(q, cache, plan.page_ids)
     positions, _ = select_pages(
         scores,
         plan.seq_lens,

@@ -7,14 +7,13 @@ import triton
 
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
-from twilight_sgl.attention.selectors.boxes import SLACK, STANDARDIZED
+from twilight_sgl.attention.selectors.boxes import SLACK
 from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
 from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
 from twilight_sgl.kernels.page_score.triton import page_scores
 from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
-from twilight_sgl.kernels.standardize.triton import standardize_scores
 from twilight_sgl.kernels.top_p.triton import (
     BISECTION_STEPS,
     top_p_thresholds,
@@ -85,8 +84,8 @@ class TritonDecode:
         prune: False attends to every candidate (the selector alone, no top-p).
         logits_dtype: in which estimated logits are kept; float16 rounds them to 11 bits.
         top_p_steps: halvings of the search for the threshold, see `top_p_thresholds`.
-        one_launch: whether to run `decode_layer` instead of a launch a stage, where it can; None
-            chooses the faster of the two for each batch.
+        one_launch: whether to run `decode_layer` instead of a launch a stage; None chooses the
+            faster of the two for each batch.
 
     Raises:
         ValueError: the shape or the selector is not supported.
@@ -151,9 +150,6 @@ class TritonDecode:
 
         pairs = (max_batch, heads_kv)
         self.scores = empty(*pairs, self.columns, dtype=torch.float32)
-        self.head_scores = None
-        if selection.selector in STANDARDIZED:
-            self.head_scores = empty(max_batch, heads_q, self.columns, dtype=torch.float32)
         self.candidate_page_ids = empty(*pairs, width, dtype=torch.int32)
         self.counts = empty(*pairs, dtype=torch.int32)
         self.candidate_tokens = empty(*pairs, dtype=torch.int32)
@@ -228,7 +224,7 @@ class TritonDecode:
 
     def _runs_in_one_launch(self, batch: int) -> bool:
         """Whether a batch of this size takes `decode_layer`."""
-        if not self.prune or self.columns > MOST_COLUMNS or self.head_scores is not None:
+        if not self.prune or self.columns > MOST_COLUMNS:
             return False
         if self.one_launch is not None:
             return self.one_launch
@@ -258,7 +254,6 @@ class TritonDecode:
         selection = self.selection
         columns = plan.page_ids.shape[-1]
         scores = self.scores[:batch, :, :columns]
-        head_scores = None if self.head_scores is None else self.head_scores[:batch, :, :columns]
         middles = None if self.middles is None else self.middles[:batch, :, :columns]
         positions = None if self.positions is None else self.positions[:batch]
         page_counts = self.counts[:batch]
@@ -318,15 +313,11 @@ class TritonDecode:
             plan.page_ids,
             plan.seq_lens,
             plan.sparse,
-            scores if head_scores is None else head_scores,
+            scores,
             middles,
             page_size=selection.page_size,
             slack=self.slack,
         )
-        if head_scores is not None:
-            launches["standardize"] = lambda: standardize_scores(
-                head_scores, plan.seq_lens, plan.sparse, scores, page_size=selection.page_size
-            )
         launches["select"] = lambda: select_pages(
             scores,
             plan.page_ids,

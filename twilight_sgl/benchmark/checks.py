@@ -42,15 +42,11 @@ def _bytes_by_stage(
     if decode.middles is not None:
         middle_bytes = decode.middles.shape[-1] * decode.middles.element_size()
     logit_bytes = 0 if decode.logits is None else decode.logits.element_size()
-    score_bytes = 4 if decode.head_scores is None else 4 * group
     moved = {
-        "score": pairs
-        * (2 * shape.dim * cache.min_max.element_size() + score_bytes + middle_bytes),
+        "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4 + middle_bytes),
         "select": pairs * 4 + candidates // shape.page_size * 12,
         "attend": kept * 2 * shape.dim * key_bytes,
     }
-    if decode.head_scores is not None:
-        moved["standardize"] = pairs * (score_bytes + 4)
     if logit_bytes:
         weighed = shape.dim // 2 + 4  # INT4 codes, scale and zero point
         if decode.selection.estimator == "exact":

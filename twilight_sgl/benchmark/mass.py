@@ -31,7 +31,7 @@ def kept_mass(
     batch, heads_q, _ = q.shape
     heads_kv = cache.keys.shape[2]
     size = selection.page_size
-    scores = selectors.get(selection.selector)(q, cache, plan.page_ids, plan.seq_lens)
+    scores = selectors.get(selection.selector)(q, cache, plan.page_ids)
     positions, _ = select_pages(
         scores,
         plan.seq_lens,

@@ -1,8 +1,8 @@
 """Selectors by name: each scores the pages of a request for every KV head.
 
-A selector is a function `(q, cache, page_ids, seq_lens) -> scores`: `q` is [B, HQ, D], `cache` a
-`LayerCache`, `page_ids` [B, T] int32, `seq_lens` [B], the result [B, HK, T] float32, larger being
-better. It is read for full pages only. Register one with `register` before the server starts.
+A selector is a function `(q, cache, page_ids) -> scores`: `q` is [B, HQ, D], `cache` a
+`LayerCache`, `page_ids` [B, T] int32, the result [B, HK, T] float32, larger being better. It is
+read for full pages only. Register one with `register` before the server starts.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from typing import Any
 _SELECTORS: dict[str, str | Callable[..., Any]] = {
     "quest": "twilight_sgl.attention.selectors.boxes:quest",
     "half_bound": "twilight_sgl.attention.selectors.boxes:half_bound",
-    "z_bound": "twilight_sgl.attention.selectors.boxes:z_bound",
 }
 
 

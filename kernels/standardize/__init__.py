@@ -1,1 +1,0 @@
-"""Page scores of query heads, made comparable."""
