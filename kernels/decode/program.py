@@ -7,7 +7,8 @@ from twilight_sgl.kernels.attend.parts import attend_span, store_group, store_pa
 from twilight_sgl.kernels.estimate.parts import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
 from twilight_sgl.kernels.page_score.triton import score_pages, split_query
-from twilight_sgl.kernels.select.triton import choose_pages, zero_group
+from twilight_sgl.kernels.select.parts import choose_pages
+from twilight_sgl.kernels.select.triton import zero_group
 from twilight_sgl.kernels.top_p.triton import find_thresholds, keep_any
 
 
