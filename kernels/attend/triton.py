@@ -28,7 +28,7 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 
-_MOST_PROGRAMS = 6  # an SM
+_PROGRAMS = 4  # an SM, at most
 _FEW_PAIRS = 8
 
 
@@ -202,28 +202,24 @@ class AttendWorkspace:
         self, max_batch: int, heads_q: int, heads_kv: int, dim_v: int, device: torch.device
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
-        partials = 2 * grid_programs(device, _MOST_PROGRAMS)
+        partials = 2 * grid_programs(device, _PROGRAMS)
         padded = triton.next_power_of_2(dim_v)
         self.partial = torch.empty(partials * rows * padded, dtype=torch.float32, device=device)
         self.partial_stats = torch.empty(partials * 2 * rows, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(max_batch * heads_kv, dtype=torch.int32, device=device)
 
 
-def _tiling(bytes_per_token: int, pairs: int) -> tuple[int, int, int, int, int, int, int]:
-    """Least tokens of a program, gap, tile, stages, warps, programs an SM, values merged at once.
-
-    Values merged are a thread's, of partial results. They decide how many registers it takes,
-    and so how many programs an SM holds.
-    """
+def _tiling(bytes_per_token: int, pairs: int) -> tuple[int, int, int, int, int, int]:
+    """Least tokens of a program, gap, tokens of a tile, stages, warps, programs an SM."""
     if is_interpreted():
-        return 16, 16, 16, 1, 4, 1, 128
+        return 16, 16, 16, 1, 4, 1
     if bytes_per_token > 512:
-        return 128, 0, 32, 1, 2, 4, 128
+        return 128, 0, 32, 1, 2, _PROGRAMS
     if bytes_per_token > 256 and pairs <= _FEW_PAIRS:
-        return 128, 0, 128, 1, 4, 2, 128  # one tile, and fewer to merge
+        return 128, 0, 128, 1, 4, 2  # one tile, and fewer to merge
     if bytes_per_token > 256:
-        return 128, 128, 64, 3, 2, 4, 128
-    return 128, 192, 64, 5, 2, 4, 128
+        return 128, 128, 64, 3, 2, _PROGRAMS
+    return 128, 192, 64, 5, 2, _PROGRAMS
 
 
 def attend(
@@ -263,7 +259,7 @@ def attend(
     rows = triton.next_power_of_2(group)
     dim_v_pad = triton.next_power_of_2(dim_v)
     token_bytes = (dim + dim_v) * key_cache.element_size()
-    least, gap, tile, stages, warps, programs, merged = _tiling(token_bytes, batch * heads_kv)
+    least, gap, tile, stages, warps, programs = _tiling(token_bytes, batch * heads_kv)
     _attend_kernel[(grid_programs(q.device, programs),)](
         q,
         key_cache,
@@ -305,7 +301,7 @@ def attend(
         DV_PAD=dim_v_pad,
         PS=page_size,
         PAIRS_PAD=triton.next_power_of_2(batch * heads_kv),
-        SPLIT_BLOCK=max(1, warps * 32 * merged // (rows * dim_v_pad)),
+        SPLIT_BLOCK=max(1, warps * 4096 // (rows * dim_v_pad)),
         LEAST=least,
         GAP=gap,
         TILE=tile,

@@ -200,10 +200,10 @@ def idle(family: "Family", server: Server) -> str:
     """Speculative decoding runs, densely, whatever a request asks of Twilight."""
     # The first two runs fill the radix cache and the n-grams: what is drafted, and so how many
     # tokens a pass verifies and how it rounds, is then the same for the two that are compared.
-    dense, asked = (
+    *_, dense, asked = (
         decode(server, prompts()[-1], 4 * TOKENS, wish)["output_ids"]
         for wish in (*[{"enabled": False}] * 3, {"p": 0.05})
-    )[2:]
+    )
     state = server.twilight()
     if state["budget"]["context_tokens"] or state["pages"]["sealed"]:
         return f"not idle: {state['budget']}, {state['pages']}"
