@@ -556,8 +556,9 @@ def test_a_run(
     ]
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["side by side", "one after another"])
 def test_every_other_start_turns_the_order_round(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_once: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
     with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
@@ -573,10 +574,12 @@ def test_every_other_start_turns_the_order_round(
             monkeypatch,
             *("--model-path", model, "--text", model / "text", "--out", tmp_path),
             *("--backends", "torch_native,twilight", "--loads", "1x100", "--output-tokens", "16"),
-            *("--side-by-side", "--starts", "2"),
+            *("--side-by-side" if at_once else "--no-side-by-side", "--starts", "2"),
         )
     assert status == 0
-    assert started == [["torch_native", "twilight"], ["twilight", "torch_native"]]
+    order = ["torch_native", "twilight", "twilight", "torch_native"]
+    assert [name for names in started for name in names] == order
+    assert len(started) == (2 if at_once else 4)
     rows = json.loads((tmp_path / "decode.json").read_text())
     assert [row["backend"] for row in rows] == ["torch_native", "twilight"]
     assert [len(row["tokens_per_s_by_start"]) for row in rows] == [2, 2]

@@ -290,9 +290,11 @@ def _run(args: argparse.Namespace) -> None:
     most = max(map(benchmark.most_tokens, args.loads))
     groups = _groups(args, names, urls, model, config, most, device)
     passes = len(names) * len(args.loads) * (3 if args.shared_prefix else 2)
-    for start, group in itertools.product(range(args.starts), groups):
-        turns = dict(reversed(group.items())) if start % 2 else group
-        with _servers(turns, urls, args) as servers:
+    back = [dict(reversed(group.items())) for group in reversed(groups)]
+    for group in itertools.chain.from_iterable(
+        back if start % 2 else groups for start in range(args.starts)
+    ):
+        with _servers(group, urls, args) as servers:
             share = passes * len(group) // len(names)
             with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
                 asyncio.run(benchmark.measure(servers, progress))
