@@ -24,6 +24,7 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
+from twilight_sgl.kernels.page_score.reference import Reach
 from twilight_sgl.kernels.page_score.triton import product_rows, score_dtype
 
 MOST_COLUMNS = 2048
@@ -83,7 +84,7 @@ def decode_layer(
     sink_tokens: int,
     recent_tokens: int,
     steps: int,
-    slack: float,
+    reach: Reach,
     sm_scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -99,7 +100,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
-        slack: as for `page_scores`; sinks: as for `attend`.
+        reach: as for `page_scores`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -160,7 +161,8 @@ def decode_layer(
         HAS_SINKS=sinks is not None,
         EXACT=codes is None,
         CENTRED=middles is not None,
-        SLACK=slack,
+        SLACK=reach.slack,
+        NORM=reach.norm,
         SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),
         STEPS=steps,

@@ -12,6 +12,19 @@ from twilight_sgl.kernels.launch import (
     locate_block,
     wait_for_inputs,
 )
+from twilight_sgl.kernels.page_score.reference import QUEST, Reach
+
+# Radii count in units in which float16 holds their squares; wider ones than float8's are cut off.
+_RADIUS_UNIT = tl.constexpr(0.125)
+_LARGEST_ROOT = tl.constexpr(255.0)
+
+
+@triton.jit
+def _half(squares, COMPUTE: tl.constexpr):
+    """Squares as they are multiplied: in float16 for all types of 16 bits, the most precise."""
+    if tl.float32 == COMPUTE:
+        return squares
+    return squares.to(tl.float16)
 
 
 @triton.jit
@@ -19,6 +32,7 @@ def split_query(
     q_ptr,
     stride_head,
     SLACK: tl.constexpr,
+    NORM: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     G: tl.constexpr,
@@ -26,10 +40,13 @@ def split_query(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """What of a group's queries meets maxima and what minima, [G_PAD, D_PAD] each.
+    """What of a group's queries meets maxima, minima and squared radii, [G_PAD, D_PAD] each.
 
-    In units of (1 + SLACK) / 2, so with a SLACK of 1 these are the positive and the negative part
-    of a query. With CENTRED the rows from G_PAD / 2 on are the queries themselves.
+    The first two, with a NORM of 1, are in units of (1 + SLACK) / 2, so with a SLACK of 1 they are
+    the positive and the negative part of a query; with CENTRED the rows from G_PAD / 2 on, and
+    with a NORM of 2 all rows, are the queries themselves. Squares are in units of the query's
+    largest, so that float16 holds them; the fourth result, [G_PAD], is what the root of their
+    products counts for.
     """
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, D_PAD)
@@ -39,19 +56,27 @@ def split_query(
     inside = (member[:, None] < G) & (channel[None, :] < D)
     q = tl.load(q_ptr + member[:, None] * stride_head + channel[None, :], inside, other=0.0)
     q = q.to(tl.float32)
+    largest = tl.max(tl.abs(q), 1)
+    share = q / tl.where(largest > 0, largest, 1.0)[:, None]
+    squares = _half(share * share, COMPUTE)
+    multiple = largest * (SLACK / _RADIUS_UNIT)
+    if NORM == 2:
+        return q.to(COMPUTE), q.to(COMPUTE), squares, multiple
     reach = SLACK * tl.abs(q)
     unit = 1.0 / (1.0 + SLACK)
     if CENTRED:
         is_bound = (head < G_PAD // 2)[:, None]
         reach = tl.where(is_bound, reach, 0.0)
         unit = tl.where(is_bound, unit, 1.0)
-    return ((q + reach) * unit).to(COMPUTE), ((q - reach) * unit).to(COMPUTE)
+    return ((q + reach) * unit).to(COMPUTE), ((q - reach) * unit).to(COMPUTE), squares, multiple
 
 
 @triton.jit
 def score_pages(
     of_maxima,
     of_minima,
+    of_squares,
+    multiple,
     min_max_ptr,
     middles_ptr,
     page,
@@ -59,6 +84,7 @@ def score_pages(
     inside,
     head_kv,
     SLACK: tl.constexpr,
+    NORM: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -89,7 +115,17 @@ def score_pages(
             score * 0.5,
             (member[:, None] >= 0) & (member[:, None] < G) & inside[None, :],
         )
-    score *= (1.0 + SLACK) * 0.5
+    if NORM == 2:
+        if tl.bfloat16 == COMPUTE:
+            low, high = low.to(tl.float32), high.to(tl.float32)
+        radius = high * (_RADIUS_UNIT * 0.5) - low * (_RADIUS_UNIT * 0.5)
+        if tl.float32 != COMPUTE:
+            radius = tl.minimum(radius, _LARGEST_ROOT)
+        of_pages = tl.trans(_half(radius * radius, COMPUTE))
+        squares = tl.dot(of_squares, of_pages, input_precision="ieee")
+        score = score * 0.5 + multiple[:, None] * tl.sqrt(squares)
+    else:
+        score *= (1.0 + SLACK) * 0.5
     return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
 
@@ -109,6 +145,7 @@ def _page_score_kernel(
     stride_q_head,
     stride_page_ids,
     SLACK: tl.constexpr,
+    NORM: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -137,10 +174,11 @@ def _page_score_kernel(
         inside = position < row_pages
         row64 = row.to(tl.int64)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, inside, other=0)
-        of_maxima, of_minima = split_query(
+        of_maxima, of_minima, of_squares, multiple = split_query(
             q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
             stride_q_head,
             SLACK,
+            NORM,
             CENTRED,
             COMPUTE,
             G,
@@ -154,6 +192,8 @@ def _page_score_kernel(
         score = score_pages(
             of_maxima,
             of_minima,
+            of_squares,
+            multiple,
             min_max_ptr,
             pair_middles_ptr,
             page,
@@ -161,6 +201,7 @@ def _page_score_kernel(
             inside,
             head_kv,
             SLACK,
+            NORM,
             CENTRED,
             COMPUTE,
             HK,
@@ -208,7 +249,7 @@ def page_scores(
     middles: torch.Tensor | None,
     *,
     page_size: int,
-    slack: float = 1.0,
+    reach: Reach = QUEST,
 ) -> None:
     """What `reference.page_scores` says of each full page of sparse rows.
 
@@ -222,7 +263,7 @@ def page_scores(
             the same pages, the unscaled product of the group's query head g with the middle of the
             page's bounds in column g; None for estimators other than `int4_centred`.
         page_size: PS, tokens.
-        slack: see `reference.page_scores`; compiled in.
+        reach: see `reference.page_scores`; compiled in.
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
@@ -244,7 +285,8 @@ def page_scores(
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),
-        SLACK=slack,
+        SLACK=reach.slack,
+        NORM=reach.norm,
         CENTRED=middles is not None,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,
