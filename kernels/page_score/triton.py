@@ -215,7 +215,7 @@ def _page_score_kernel(
         tl.store(out, score, inside)
 
 
-def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int]:
+def _tiling(pages: int, page_bytes: int, norm: int) -> tuple[int, int, int, int]:
     """Pages of a block, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 1, 4, 1
@@ -223,6 +223,10 @@ def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int]:
         return 32, 1, 4, 8
     if page_bytes > 256:  # bounds of 16 bits, or many channels
         return (64, 3, 4, 3) if pages >= 131072 else (64, 1, 4, 4)
+    if norm == 2:  # takes more registers
+        if page_bytes > 128:
+            return (64, 3, 2, 5) if pages >= 131072 else (128, 3, 4, 4)
+        return 128, 3, 4, 4
     return (64, 3, 2, 6) if page_bytes > 128 and pages >= 131072 else (128, 3, 4, 4)
 
 
@@ -269,7 +273,7 @@ def page_scores(
     heads_kv = min_max.shape[1]
     group = heads_q // heads_kv
     block, stages, warps, programs = _tiling(
-        batch * heads_kv * page_ids.shape[1], 2 * dim * min_max.element_size()
+        batch * heads_kv * page_ids.shape[1], 2 * dim * min_max.element_size(), reach.norm
     )
     _page_score_kernel[(grid_programs(q.device, programs),)](
         q,
