@@ -161,7 +161,7 @@ def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
     """Refuse a model whose heads or types the GPU kernels do not cover."""
     import torch
 
-    from twilight_sgl.attention.selectors.boxes import REACH
+    from twilight_sgl.attention.selectors.boxes import SLACK
     from twilight_sgl.attention.triton_pipeline import supports
 
     config = TwilightConfig.from_environment()
@@ -169,10 +169,10 @@ def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
         raise TwilightError(
             "--twilight-bounds float8 needs a GPU of compute capability 8.9; use keys or auto"
         )
-    if config.selector not in REACH:
+    if config.selector not in SLACK:
         raise TwilightError(
             f"--twilight-selector {config.selector} has no GPU kernel; use one of "
-            f"{', '.join(sorted(REACH))}"
+            f"{', '.join(sorted(SLACK))}"
         )
     fp8 = kv_cache_dtype == "fp8_e4m3"
     heads_kv = model.get_num_kv_heads(tp_size)

@@ -116,7 +116,6 @@ def decode_kernel(
     EXACT: tl.constexpr,
     CENTRED: tl.constexpr,
     SLACK: tl.constexpr,
-    NORM: tl.constexpr,
     SCORE: tl.constexpr,
     COMPUTE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -200,8 +199,8 @@ def decode_kernel(
                     D_PAD,
                 )
 
-        of_maxima, of_minima, of_squares, multiple = split_query(
-            q_group_ptr, stride_q_head, SLACK, NORM, CENTRED, SCORE, G, SCORE_ROWS, D, D_PAD
+        of_maxima, of_minima = split_query(
+            q_group_ptr, stride_q_head, SLACK, CENTRED, SCORE, G, SCORE_ROWS, D, D_PAD
         )
         full_pages = (length - 1) // PS
         step = parts * SCORE_PAGES
@@ -212,8 +211,6 @@ def decode_kernel(
             score = score_pages(
                 of_maxima,
                 of_minima,
-                of_squares,
-                multiple,
                 min_max_ptr,
                 pair_middles_ptr,
                 page,
@@ -221,7 +218,6 @@ def decode_kernel(
                 inside,
                 head_kv,
                 SLACK,
-                NORM,
                 CENTRED,
                 SCORE,
                 HK,

@@ -24,7 +24,6 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
-from twilight_sgl.kernels.page_score.reference import Reach
 from twilight_sgl.kernels.page_score.triton import product_rows, score_dtype
 
 MOST_COLUMNS = 2048
@@ -84,7 +83,7 @@ def decode_layer(
     sink_tokens: int,
     recent_tokens: int,
     steps: int,
-    reach: Reach,
+    slack: float,
     sm_scale: float,
     logit_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -100,7 +99,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
-        reach: as for `page_scores`; sinks: as for `attend`.
+        slack: as for `page_scores`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
@@ -161,8 +160,7 @@ def decode_layer(
         HAS_SINKS=sinks is not None,
         EXACT=codes is None,
         CENTRED=middles is not None,
-        SLACK=reach.slack,
-        NORM=reach.norm,
+        SLACK=slack,
         SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),
         STEPS=steps,

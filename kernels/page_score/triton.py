@@ -12,19 +12,6 @@ from twilight_sgl.kernels.launch import (
     locate_block,
     wait_for_inputs,
 )
-from twilight_sgl.kernels.page_score.reference import QUEST, Reach
-
-# Radii count in units in which float16 holds their squares; wider ones than float8's are cut off.
-_RADIUS_UNIT = tl.constexpr(0.125)
-_LARGEST_ROOT = tl.constexpr(255.0)
-
-
-@triton.jit
-def _half(squares, COMPUTE: tl.constexpr):
-    """Squares as they are multiplied: in float16 for all types of 16 bits, the most precise."""
-    if tl.float32 == COMPUTE:
-        return squares
-    return squares.to(tl.float16)
 
 
 @triton.jit
@@ -32,7 +19,6 @@ def split_query(
     q_ptr,
     stride_head,
     SLACK: tl.constexpr,
-    NORM: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     G: tl.constexpr,
@@ -40,13 +26,10 @@ def split_query(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """What of a group's queries meets maxima, minima and squared radii, [G_PAD, D_PAD] each.
+    """What of a group's queries meets maxima and what minima, [G_PAD, D_PAD] each.
 
-    The first two, with a NORM of 1, are in units of (1 + SLACK) / 2, so with a SLACK of 1 they are
-    the positive and the negative part of a query; with CENTRED the rows from G_PAD / 2 on, and
-    with a NORM of 2 all rows, are the queries themselves. Squares are in units of the query's
-    largest, so that float16 holds them; the fourth result, [G_PAD], is what the root of their
-    products counts for.
+    In units of (1 + SLACK) / 2, so with a SLACK of 1 these are the positive and the negative part
+    of a query. With CENTRED the rows from G_PAD / 2 on are the queries themselves.
     """
     head = tl.arange(0, G_PAD)
     channel = tl.arange(0, D_PAD)
@@ -56,27 +39,19 @@ def split_query(
     inside = (member[:, None] < G) & (channel[None, :] < D)
     q = tl.load(q_ptr + member[:, None] * stride_head + channel[None, :], inside, other=0.0)
     q = q.to(tl.float32)
-    largest = tl.max(tl.abs(q), 1)
-    share = q / tl.where(largest > 0, largest, 1.0)[:, None]
-    squares = _half(share * share, COMPUTE)
-    multiple = largest * (SLACK / _RADIUS_UNIT)
-    if NORM == 2:
-        return q.to(COMPUTE), q.to(COMPUTE), squares, multiple
     reach = SLACK * tl.abs(q)
     unit = 1.0 / (1.0 + SLACK)
     if CENTRED:
         is_bound = (head < G_PAD // 2)[:, None]
         reach = tl.where(is_bound, reach, 0.0)
         unit = tl.where(is_bound, unit, 1.0)
-    return ((q + reach) * unit).to(COMPUTE), ((q - reach) * unit).to(COMPUTE), squares, multiple
+    return ((q + reach) * unit).to(COMPUTE), ((q - reach) * unit).to(COMPUTE)
 
 
 @triton.jit
 def score_pages(
     of_maxima,
     of_minima,
-    of_squares,
-    multiple,
     min_max_ptr,
     middles_ptr,
     page,
@@ -84,7 +59,6 @@ def score_pages(
     inside,
     head_kv,
     SLACK: tl.constexpr,
-    NORM: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -115,17 +89,7 @@ def score_pages(
             score * 0.5,
             (member[:, None] >= 0) & (member[:, None] < G) & inside[None, :],
         )
-    if NORM == 2:
-        if tl.bfloat16 == COMPUTE:
-            low, high = low.to(tl.float32), high.to(tl.float32)
-        radius = high * (_RADIUS_UNIT * 0.5) - low * (_RADIUS_UNIT * 0.5)
-        if tl.float32 != COMPUTE:
-            radius = tl.minimum(radius, _LARGEST_ROOT)
-        of_pages = tl.trans(_half(radius * radius, COMPUTE))
-        squares = tl.dot(of_squares, of_pages, input_precision="ieee")
-        score = score * 0.5 + multiple[:, None] * tl.sqrt(squares)
-    else:
-        score *= (1.0 + SLACK) * 0.5
+    score *= (1.0 + SLACK) * 0.5
     return tl.max(tl.where(head[:, None] < G, score, -float("inf")), 0)
 
 
@@ -145,7 +109,6 @@ def _page_score_kernel(
     stride_q_head,
     stride_page_ids,
     SLACK: tl.constexpr,
-    NORM: tl.constexpr,
     CENTRED: tl.constexpr,
     COMPUTE: tl.constexpr,
     HK: tl.constexpr,
@@ -174,11 +137,10 @@ def _page_score_kernel(
         inside = position < row_pages
         row64 = row.to(tl.int64)
         page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, inside, other=0)
-        of_maxima, of_minima, of_squares, multiple = split_query(
+        of_maxima, of_minima = split_query(
             q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
             stride_q_head,
             SLACK,
-            NORM,
             CENTRED,
             COMPUTE,
             G,
@@ -192,8 +154,6 @@ def _page_score_kernel(
         score = score_pages(
             of_maxima,
             of_minima,
-            of_squares,
-            multiple,
             min_max_ptr,
             pair_middles_ptr,
             page,
@@ -201,7 +161,6 @@ def _page_score_kernel(
             inside,
             head_kv,
             SLACK,
-            NORM,
             CENTRED,
             COMPUTE,
             HK,
@@ -215,7 +174,7 @@ def _page_score_kernel(
         tl.store(out, score, inside)
 
 
-def _tiling(pages: int, page_bytes: int, norm: int) -> tuple[int, int, int, int]:
+def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int]:
     """Pages of a block, pipeline stages, warps, programs an SM."""
     if is_interpreted():
         return 16, 1, 4, 1
@@ -223,10 +182,6 @@ def _tiling(pages: int, page_bytes: int, norm: int) -> tuple[int, int, int, int]
         return 32, 1, 4, 8
     if page_bytes > 256:  # bounds of 16 bits, or many channels
         return (64, 3, 4, 3) if pages >= 131072 else (64, 1, 4, 4)
-    if norm == 2:  # takes more registers
-        if page_bytes > 128:
-            return (64, 3, 2, 5) if pages >= 131072 else (128, 3, 4, 4)
-        return 128, 3, 4, 4
     return (64, 3, 2, 6) if page_bytes > 128 and pages >= 131072 else (128, 3, 4, 4)
 
 
@@ -253,7 +208,7 @@ def page_scores(
     middles: torch.Tensor | None,
     *,
     page_size: int,
-    reach: Reach = QUEST,
+    slack: float = 1.0,
 ) -> None:
     """What `reference.page_scores` says of each full page of sparse rows.
 
@@ -267,13 +222,13 @@ def page_scores(
             the same pages, the unscaled product of the group's query head g with the middle of the
             page's bounds in column g; None for estimators other than `int4_centred`.
         page_size: PS, tokens.
-        reach: see `reference.page_scores`; compiled in.
+        slack: see `reference.page_scores`; compiled in.
     """
     batch, heads_q, dim = q.shape
     heads_kv = min_max.shape[1]
     group = heads_q // heads_kv
     block, stages, warps, programs = _tiling(
-        batch * heads_kv * page_ids.shape[1], 2 * dim * min_max.element_size(), reach.norm
+        batch * heads_kv * page_ids.shape[1], 2 * dim * min_max.element_size()
     )
     _page_score_kernel[(grid_programs(q.device, programs),)](
         q,
@@ -289,8 +244,7 @@ def page_scores(
         q.stride(0),
         q.stride(1),
         page_ids.stride(0),
-        SLACK=reach.slack,
-        NORM=reach.norm,
+        SLACK=slack,
         CENTRED=middles is not None,
         COMPUTE=score_dtype(q.dtype, min_max.dtype),
         HK=heads_kv,

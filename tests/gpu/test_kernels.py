@@ -117,8 +117,6 @@ CASES = [
         p=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.85, 0.3, 1.0, 0.95),
     ),
     Case("half-bound-fp8", RAGGED, 8, 2, 128, dtype=BF16, bounds_dtype=FP8, selector="half_bound"),
-    Case("rss-bound", RAGGED, 14, 2, 64, dtype=BF16, selector="rss_bound"),
-    Case("rss-bound-fp8", RAGGED, 8, 2, 128, dtype=BF16, bounds_dtype=FP8, selector="rss_bound"),
     Case("peaked", RAGGED, 8, 2, 128, dtype=BF16, q_scale=6.0),
     Case("flat", RAGGED, 8, 2, 128, dtype=BF16, q_scale=0.0),
     Case("more-parts-than-pages", (1100,), 2, 1, 64, dtype=BF16, budget=0.5),

@@ -234,7 +234,7 @@ def test_help_has_a_group_with_every_flag_and_its_default() -> None:
     assert shown == {"--twilight-config", *map(flag_of, FIELDS)}
     text = " ".join(parser.format_help().split())
     assert text.count("(default: ") == len(FIELDS)
-    assert "(half_bound, quest, rss_bound) (default: half_bound)" in text
+    assert "(half_bound, quest) (default: half_bound)" in text
     assert "(int4, int4_centred, exact) (default: int4)" in text
     assert "(top_p, none) (default: top_p)" in text
     assert "(auto, float8, keys) (default: auto)" in text

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import estimate_logits
-from twilight_sgl.kernels.page_score.reference import Reach, page_scores
+from twilight_sgl.kernels.page_score.reference import page_scores
 from twilight_sgl.kernels.seal.reference import (
     dequantize_int4,
     page_middles,
@@ -170,27 +170,11 @@ def test_page_score_bounds_every_token_for_every_head(seed: int, dtype: torch.dt
 def test_slack_lies_between_the_middle_of_a_page_and_its_bound() -> None:
     keys, q = random(0, 4, PS, 2, 8), random(1, 1, 2, 8)  # a query head a KV head
     min_max, page_ids = summarize(keys)[0], torch.arange(4).unsqueeze(0)
-    middle, half, bound = (
-        page_scores(q, min_max, page_ids, Reach(slack)) for slack in (0.0, 0.5, 1.0)
-    )
+    middle, half, bound = (page_scores(q, min_max, page_ids, slack) for slack in (0.0, 0.5, 1.0))
     expected = torch.einsum("bhd,phd->bhp", q, min_max.mean(2))
     torch.testing.assert_close(middle, expected)
     torch.testing.assert_close(half, (middle + bound) / 2)
     assert (bound > half).all() and (half > middle).all()
-
-
-def test_reach_in_the_norm_of_squares() -> None:
-    keys = torch.tensor([[0.0, -1.0], [6.0, 3.0]] * (PS // 2)).view(1, PS, 1, 2)
-    q = torch.tensor([[[1.0, -2.0], [0.5, 0.0]]])  # middle (3, 1), radius (3, 2)
-    scores = page_scores(q, summarize(keys)[0], torch.tensor([[0]]), Reach(1.5, norm=2))
-    assert scores.item() == max(1 + 1.5 * 5, 1.5 + 1.5 * 1.5)
-    # It is the bound where a query has one channel.
-    one_channel = q * torch.tensor([1.0, 0.0])
-    by_norm = [
-        page_scores(one_channel, summarize(keys)[0], torch.tensor([[0]]), Reach(1.0, norm))
-        for norm in (1, 2)
-    ]
-    assert torch.equal(*by_norm)
 
 
 def test_min_max_of_a_page_by_head_and_channel() -> None:

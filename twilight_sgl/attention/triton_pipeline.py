@@ -7,7 +7,7 @@ import triton
 
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
-from twilight_sgl.attention.selectors.boxes import REACH
+from twilight_sgl.attention.selectors.boxes import SLACK
 from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
 from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
@@ -123,12 +123,12 @@ class TritonDecode:
         )
         if not ok:
             raise ValueError(f"the Triton decode pipeline {reason}")
-        if selection.selector not in REACH:
+        if selection.selector not in SLACK:
             raise ValueError(
                 f"the Triton decode pipeline has no kernel for the selector {selection.selector!r}"
             )
         self.selection = selection
-        self.reach = REACH[selection.selector]
+        self.slack = SLACK[selection.selector]
         self.prune = prune
         self.max_batch = max_batch
         self.columns = triton.cdiv(max_context, selection.page_size)
@@ -301,7 +301,7 @@ class TritonDecode:
                 sink_tokens=selection.sink_tokens,
                 recent_tokens=selection.recent_tokens,
                 steps=self.top_p_steps,
-                reach=self.reach,
+                slack=self.slack,
                 sm_scale=sm_scale,
                 logit_cap=logit_cap,
                 sinks=sinks,
@@ -316,7 +316,7 @@ class TritonDecode:
             scores,
             middles,
             page_size=selection.page_size,
-            reach=self.reach,
+            slack=self.slack,
         )
         launches["select"] = lambda: select_pages(
             scores,

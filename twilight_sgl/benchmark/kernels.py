@@ -11,7 +11,7 @@ import torch
 
 from twilight_sgl.attention.pipeline import decode_reference
 from twilight_sgl.attention.plan import DecodePlan, Selection
-from twilight_sgl.attention.selectors.boxes import REACH
+from twilight_sgl.attention.selectors.boxes import SLACK
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.benchmark.baselines import BASELINES
 from twilight_sgl.benchmark.checks import MAX_ERROR, check, first_row, relative_error
@@ -237,7 +237,7 @@ def _print(result: dict[str, object], bandwidth: float) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", default="", help="only shapes whose name contains this")
     parser.add_argument("--p", type=float, default=0.95)
-    parser.add_argument("--selector", choices=sorted(REACH), default="quest")
+    parser.add_argument("--selector", choices=sorted(SLACK), default="quest")
     parser.add_argument(
         "--budget", type=float, default=0.25, help="B0, as --twilight-selector-budget"
     )

@@ -11,7 +11,6 @@ from typing import Any
 _SELECTORS: dict[str, str | Callable[..., Any]] = {
     "quest": "twilight_sgl.attention.selectors.boxes:quest",
     "half_bound": "twilight_sgl.attention.selectors.boxes:half_bound",
-    "rss_bound": "twilight_sgl.attention.selectors.boxes:rss_bound",
 }
 
 
