@@ -213,6 +213,9 @@ def test_of_several_starts_the_median_is_shown() -> None:
     assert (dense["tokens_per_s"], dense["throughput_ratio"]) == (pytest.approx(5), 1.0)
     assert ours["throughput_ratio"] == pytest.approx(2)
     assert "| 10.0 (5.00 to 20.0) | 2.00x |" in format_table([dense, ours])
+    rows = build_rows([results[0], results[1], results[3], results[4]], "fa3", 10)
+    assert [row["tokens_per_s"] for row in rows] == pytest.approx([2.5, 10])  # the lower's
+    assert "| 15.0 (10.0 to 20.0) | 2.40x |" in format_table(rows)
 
 
 def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
