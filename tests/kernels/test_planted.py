@@ -163,6 +163,19 @@ def test_every_layer_of_a_trace_is_checked_and_described(
     assert moved["score"] == full_pages * (2 * 64 * bound_bytes + 4 + middle_bytes)
 
 
+def test_dense_rows_move_what_they_attend_to(tmp_path: Path) -> None:
+    path = saved_trace(tmp_path / "trace.pt", tokens=40)
+    shape, layers = traced_layers(str(path), batch=2, p=0.9, device=DEVICE)
+    selection = Selection(16, 0.25, 4, 8)
+    layers.plan.sparse[0] = False
+    layers.plan.seq_lens[1] = 0  # a row of nothing
+    result, moved = check(shape, layers, selection, decoder(shape, selection, torch.bfloat16))
+    assert "wrong" not in result
+    attended = shape.heads_kv * shape.context * 2 * shape.dim * 2
+    assert moved.pop("attend") == attended
+    assert set(moved.values()) == {0}
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_layer_that_is_wrong_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int

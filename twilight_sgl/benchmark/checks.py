@@ -30,12 +30,15 @@ def first_row(plan: DecodePlan, *, sparse: bool | None = None) -> DecodePlan:
 def _bytes_by_stage(
     shape: Shape, decode: TritonDecode, cache: LayerCache, plan: DecodePlan
 ) -> dict[str, int]:
-    """Bytes that each stage must move for the sparse rows of the last run, read or written once."""
-    batch = shape.batch
+    """Bytes that each stage of the last run must move, read or written once.
+
+    Rows that are not sparse are attended to alone.
+    """
+    batch, sparse = shape.batch, plan.sparse
     key_bytes = cache.keys.element_size()
-    full_pages = int(((plan.seq_lens - 1).clamp(min=0) // shape.page_size).sum())
-    candidates = int(decode.candidate_tokens[:batch].sum())
-    kept = int(decode.kept_tokens[:batch].sum())
+    full_pages = int(((plan.seq_lens[sparse] - 1).clamp(min=0) // shape.page_size).sum())
+    candidates = int(decode.candidate_tokens[:batch][sparse].sum())
+    kept = int(decode.kept_tokens[:batch][sparse].sum())
     group = shape.heads_q // shape.heads_kv
     pairs = full_pages * shape.heads_kv
     middle_bytes = 0
@@ -45,7 +48,7 @@ def _bytes_by_stage(
     moved = {
         "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4 + middle_bytes),
         "select": pairs * 4 + candidates // shape.page_size * 12,
-        "attend": kept * 2 * shape.dim * key_bytes,
+        "attend": int(decode.kept_tokens[:batch].sum()) * 2 * shape.dim * key_bytes,
     }
     if logit_bytes:
         weighed = shape.dim // 2 + 4  # INT4 codes, scale and zero point
