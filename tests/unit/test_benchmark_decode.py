@@ -1,7 +1,5 @@
-"""The decode benchmark: its arithmetic, and a run against servers that stream scripted tokens."""
+"""The decode benchmark: its choices, and runs against servers that stream scripted tokens."""
 
-import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -20,17 +18,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from twilight_sgl.benchmark import __main__ as command
 from twilight_sgl.benchmark import decode
-from twilight_sgl.benchmark.decode_figures import (
-    Measured,
-    agreement,
-    build_rows,
-    format_table,
-    percentiles,
-    plot,
-    steady_phase,
-)
 from twilight_sgl.benchmark.decode_options import check_loads, choose_backends, parse_urls
-from twilight_sgl.benchmark.prompts import Load, cut_prompts, encode_tokens, parse_loads
+from twilight_sgl.benchmark.prompts import Load, parse_loads
 from twilight_sgl.benchmark.servers import (
     Server,
     fit_at_once,
@@ -38,191 +27,10 @@ from twilight_sgl.benchmark.servers import (
     running,
     server_flags,
 )
-from twilight_sgl.benchmark.streaming import MeasurementError, Stream, generate, open_session
+from twilight_sgl.benchmark.streaming import MeasurementError
 from twilight_sgl.errors import TwilightError
 
 LOAD = Load("2x1k", 2, 1024)
-
-
-def stream(*chunks: tuple[float, int], sent_s: float = 0.0, ids: list[int] | None = None) -> Stream:
-    return Stream(sent_s, list(chunks), list(range(chunks[-1][1])) if ids is None else ids)
-
-
-def info(context: int, candidates: int, kept: int) -> dict[str, Any]:
-    tokens = {"context_tokens": context, "candidate_tokens": candidates, "kept_tokens": kept}
-    heads = {"layer_ids": [0], "kept_fraction": [[kept / max(context, 1)]], "kept_mass": [[0.9]]}
-    steps = {"sparse_rows": context // 1000, "decode": context // 250, "dense": context // 1000}
-    state = {"twilight": {"config": {"p": 0.9}, "budget": tokens, "heads": heads, "steps": steps}}
-    return {"max_total_num_tokens": 4096, "internal_states": [state]}
-
-
-# Prompts
-
-
-def test_loads_are_requests_times_tokens() -> None:
-    loads = parse_loads("1x28k, 64x1k,2x100,1x28k")
-    expected = [("1x28k", 1, 28672), ("64x1k", 64, 1024), ("2x100", 2, 100)]
-    assert [(load.name, load.requests, load.prompt_tokens) for load in loads] == expected
-
-
-@pytest.mark.parametrize("text", ["", "28k", "0x1k", "1x", "1x0", "x1k", "-1x1k", "2x1k,", "1x1kk"])
-def test_what_is_no_load_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
-        parse_loads(text)
-
-
-@pytest.mark.parametrize("lead", [[], [-1]], ids=["plain", "after a first token"])
-@pytest.mark.parametrize("shared_prefix", [0, 40])
-@pytest.mark.parametrize("length", [80 + 20, 8 * 100, 5000], ids=["overlapping", "exact", "long"])
-def test_prompts_share_the_prefix_and_nothing_behind_it(
-    length: int, shared_prefix: int, lead: list[int]
-) -> None:
-    load = Load("8x80", 8, 80)
-    ids = list(range(length))
-    prompts = cut_prompts(ids, load, shared_prefix=shared_prefix, seed=3, lead=lead)
-    shared = shared_prefix or len(lead)
-    assert [len(prompt) for prompt in prompts] == [80] * 8
-    assert {tuple(prompt[:shared]) for prompt in prompts} == {tuple([*lead, *ids][:shared])}
-    assert len({prompt[shared] for prompt in prompts}) == 8
-    for prompt in prompts:
-        first = prompt[shared]
-        assert prompt[shared:] == list(range(first, first + 80 - shared))
-
-
-def test_seed_moves_prompts() -> None:
-    ids, load = list(range(10_000)), Load("4x100", 4, 100)
-    one, again, other = (cut_prompts(ids, load, shared_prefix=0, seed=seed) for seed in (1, 1, 2))
-    assert one == again != other
-
-
-@pytest.mark.parametrize("length", [79, 83])
-def test_short_text_is_refused(length: int) -> None:
-    with pytest.raises(TwilightError, match=rf"--text has {length} tokens.*8x80 needs 8"):
-        cut_prompts(list(range(length)), Load("8x80", 8, 80), shared_prefix=0, seed=0)
-
-
-def test_no_more_text_is_encoded_than_needed() -> None:
-    pieces: list[str] = []
-
-    def encode(piece: str) -> list[int]:
-        pieces.append(piece)
-        return [len(piece)] * 1000
-
-    text = "x" * (5 << 18)
-    assert len(encode_tokens(encode, text, 1500)) == 2000
-    assert len(encode_tokens(encode, text, 99_999)) == 5000
-    assert "".join(pieces[2:]) == text
-
-
-# Figures
-
-
-def test_percentiles_are_milliseconds_and_weighted() -> None:
-    values = percentiles([0.001, 0.002, 0.003])
-    assert (values["p50"], values["samples"]) == (pytest.approx(2.0), 3)
-    weighted = percentiles([0.001, 0.010], [98, 2])
-    assert (weighted["p50"], weighted["p95"]) == (pytest.approx(1.0), pytest.approx(1.0))
-    assert weighted["p95"] < percentiles([0.001, 0.010])["p95"]
-
-
-def test_steady_phase_is_where_all_decode() -> None:
-    """What a request did before the last one's first token, or after the first end, is left out."""
-    early = stream((1.0, 1), (5.0, 2), (10.0, 3), (10.2, 5), (10.4, 7), (10.8, 9))
-    late = stream((10.0, 1), (10.2, 2), (10.6, 4))
-    phase = steady_phase([early, late])
-    assert phase["steady_s"] == pytest.approx(0.6)
-    assert phase["steady_tokens"] == 4 + 3
-    assert phase["tokens_per_s"] == pytest.approx(4 / 0.4 + 3 / 0.6)
-    # four tokens at 0.1 s, one and two at 0.2 s
-    assert phase["tpot_ms"]["p50"] == pytest.approx(100)
-    assert phase["tpot_ms"]["p95"] == pytest.approx(200)
-    assert phase["tpot_ms"]["samples"] == 4
-
-
-def test_no_steady_phase_is_an_error() -> None:
-    with pytest.raises(MeasurementError, match=r"all 2 requests decode.*--output-tokens"):
-        steady_phase([stream((1.0, 1), (2.0, 2)), stream((3.0, 1), (4.0, 2))])
-
-
-def test_agreement_counts_up_to_the_first_difference() -> None:
-    ones = [stream((0.0, 4), ids=ids) for ids in ([1, 2, 3, 4], [1, 2, 3, 4], [9, 2, 3, 4])]
-    others = [stream((0.0, 5), ids=ids) for ids in ([1, 2, 3, 4, 5], [1, 2, 9, 4, 5], [1, 2, 3, 4])]
-    result = agreement(ones, others, 4)
-    assert result == {"equal_share": pytest.approx((1 + 0.5 + 0) / 3), "exact_share": 1 / 3}
-    assert agreement(ones, others, 2) == {"equal_share": pytest.approx(2 / 3), "exact_share": 2 / 3}
-
-
-def test_answers_cut_short_agree_only_as_far_as_they_go() -> None:
-    short = [stream((0.0, 2), ids=[1, 2])]
-    assert agreement(short, [stream((0.0, 4))], 4)["exact_share"] == 0
-    assert agreement(short, short, 4) == {"equal_share": 0.5, "exact_share": 0.0}
-
-
-@pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    """`fa3`, and a Twilight that is twice as fast and differs in one of two answers."""
-    slow = [stream((0.1, 1), (1.1, 11), ids=list(range(11))) for _ in range(2)]
-    again = [slow[0], stream((0.2, 1), (1.2, 11), ids=[*range(5), *range(6)])]
-    fast = [stream((0.1, 1), (0.6, 11), ids=ids) for ids in (list(range(11)), [0] * 11)]
-    nothing = {"max_total_num_tokens": 5000}
-    results = [
-        Measured("fa3", LOAD, again, None, slow, nothing, nothing),
-        Measured("twilight", LOAD, fast, None, fast, info(0, 0, 0), info(1000, 250, 20)),
-    ]
-    return build_rows(results, "fa3", 10)
-
-
-def test_rows(rows: list[dict[str, Any]]) -> None:
-    dense, ours = rows
-    assert (dense["load"], dense["requests"], dense["prompt_tokens"]) == ("2x1k", 2, 1024)
-    assert dense["tokens_per_s"] == pytest.approx(20)
-    assert dense["ttft_cold_ms"]["p50"] == pytest.approx(150)
-    assert (dense["throughput_ratio"], dense["budget"], dense["twilight"]) == (1.0, None, None)
-    assert dense["agreement_with"] == "fa3, run twice"
-    assert dense["agreement"] == {"equal_share": 0.75, "exact_share": 0.5}
-    assert ours["throughput_ratio"] == pytest.approx(2)
-    assert ours["tpot_ms"]["p95"] == pytest.approx(50)
-    assert (ours["kv_tokens"], ours["agreement_with"]) == (4096, "fa3")
-    assert ours["agreement"] == {"equal_share": pytest.approx(0.55), "exact_share": 0.5}
-    assert ours["budget"]["kept_share"] == 0.02
-    assert ours["steps"] == {"decode": 4, "dense": 1}
-    assert ours["twilight"] == {"p": 0.9}
-
-
-def test_table(rows: list[dict[str, Any]]) -> None:
-    head, rule, dense, ours = format_table(rows).splitlines()[:4]
-    assert head.count("|") == rule.count("|") == dense.count("|") == ours.count("|")
-    assert "to fa3" in head
-    assert "TTFT prefix" not in head
-    assert "| 2x1k | twilight | 100 / 100 |" in ours
-    assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 1 of 4 | 55.0% | 50.0% |" in ours
-    assert "| 1.00x | 5000 | all | all |  | 75.0% | 50.0% |" in dense
-
-
-def test_of_several_starts_the_median_is_shown() -> None:
-    nothing = {"max_total_num_tokens": 5000}
-
-    def measured(backend: str, seconds: float) -> Measured:
-        each = [stream((0.1, 1), (0.1 + seconds, 11))]
-        return Measured(backend, LOAD, each, None, each, nothing, nothing)
-
-    seconds = {"fa3": (1.0, 4.0, 2.0), "twilight": (0.5, 1.0, 2.0)}
-    results = [measured(name, each) for name, of in seconds.items() for each in of]
-    dense, ours = build_rows(results, "fa3", 10)
-    assert dense["tokens_per_s_by_start"] == pytest.approx([10, 2.5, 5])
-    assert (dense["tokens_per_s"], dense["throughput_ratio"]) == (pytest.approx(5), 1.0)
-    assert ours["throughput_ratio"] == pytest.approx(2)
-    assert "| 10.0 (5.00 to 20.0) | 2.00x |" in format_table([dense, ours])
-    rows = build_rows([results[0], results[1], results[3], results[4]], "fa3", 10)
-    assert [row["tokens_per_s"] for row in rows] == pytest.approx([2.5, 10])  # the lower's
-    assert "| 15.0 (10.0 to 20.0) | 2.40x |" in format_table(rows)
-
-
-def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    plot(rows, tmp_path / "decode.png")
-    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
-
 
 # Choices
 
@@ -301,56 +109,6 @@ def test_loads_beyond_the_context_are_refused() -> None:
         check_loads([LOAD], 256, 0, 1280)
     with pytest.raises(TwilightError, match=r"--shared-prefix 1024"):
         check_loads([LOAD], 256, 1024, 9999)
-
-
-# Streams
-
-
-@pytest.mark.parametrize("incremental", [False, True], ids=["cumulative", "incremental"])
-@pytest.mark.parametrize("interval", [1, 4])
-def test_streams_hold_every_token_once(interval: int, incremental: bool) -> None:
-    async def run(url: str) -> list[Stream]:
-        async with open_session() as session:
-            prompts = [[1, 2, 3], [4]]
-            return await generate(session, url, prompts, max_tokens=10, stream_interval=interval)
-
-    with StreamingServer(incremental=incremental) as server:
-        streams = asyncio.run(run(server.url))
-    for answer, start in zip(streams, (6, 4), strict=True):
-        assert answer.token_ids == list(range(start, start + 10))
-        times, counts = zip(*answer.chunks, strict=True)
-        assert list(times) == sorted(times)
-        assert times[0] > answer.sent_s
-        expected = range(1, 11) if interval == 1 else (1, 5, 9, 10)
-        assert list(counts) == list(expected)
-    assert not server.aborted
-
-
-def test_requests_end_once_all_have_decoded_together() -> None:
-    async def run(url: str) -> list[Stream]:
-        async with open_session() as session:
-            return await generate(
-                session, url, [[1], [2], [3]], max_tokens=100_000, phase_tokens=20
-            )
-
-    with StreamingServer() as server:
-        streams = asyncio.run(run(server.url))
-        assert not server.running
-    assert len(server.aborted) == 3
-    assert all(20 < len(answer.token_ids) < 1000 for answer in streams)
-    # A chunk at either end may have come just outside the phase.
-    assert steady_phase(streams)["steady_tokens"] >= 3 * (20 - 2)
-
-
-@pytest.mark.parametrize("status", [200, 503])
-def test_refusals_of_a_server_are_shown(status: int) -> None:
-    async def run(url: str) -> list[Stream]:
-        async with open_session() as session:
-            return await generate(session, url, [[1]], max_tokens=4)
-
-    refusing = StreamingServer(refusal="the input is too long", refuse_with=status)
-    with refusing as server, pytest.raises(MeasurementError, match="the input is too long"):
-        asyncio.run(run(server.url))
 
 
 # Processes

@@ -32,7 +32,7 @@ def _bytes_by_stage(
 ) -> dict[str, int]:
     """Bytes that each stage of the last run must move, read or written once.
 
-    Rows that are not sparse are attended to alone.
+    Of rows that are not sparse these are attend's alone.
     """
     batch, sparse = shape.batch, plan.sparse
     key_bytes = cache.keys.element_size()

@@ -218,7 +218,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{text}\n\nTimes are ms, p50 / p95. Candidates and kept are of the context. Equal: output "
         f"tokens before the first that differs from {first}'s; exact: requests without one; "
         f"{first}'s own are of two runs of it. Of several starts tokens/s is the median (least to "
-        "most), and the rest of the row is the start in the middle.\n"
+        "most), the ratio that of medians, and the rest is of the start in the middle, of two the "
+        "slower.\n"
     )
 
 
