@@ -1,1 +1,1 @@
-"""The whole decode pipeline of a layer in one launch, for batches too small to hide six."""
+"""The whole decode pipeline of a layer in one launch, for batches too small to hide five."""

@@ -6,10 +6,13 @@ import triton.language as tl
 from twilight_sgl.kernels.attend.parts import attend_span, store_group, store_partial
 from twilight_sgl.kernels.estimate.parts import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
-from twilight_sgl.kernels.page_score.triton import score_pages, split_query
-from twilight_sgl.kernels.select.parts import choose_pages
+from twilight_sgl.kernels.select.parts import (
+    begin_of_stratum,
+    choose_in_strata,
+    count_candidates,
+)
 from twilight_sgl.kernels.select.triton import zero_group
-from twilight_sgl.kernels.top_p.triton import find_thresholds, keep_any
+from twilight_sgl.kernels.top_p.parts import find_thresholds, keep_any
 
 
 @triton.jit
@@ -77,15 +80,13 @@ def decode_kernel(
     sparse_ptr,
     p_ptr,
     budget_ptr,
-    scores_ptr,
+    rank_keys_ptr,
     middles_ptr,
     candidate_page_ids_ptr,
     positions_ptr,
     counts_ptr,
     candidate_tokens_ptr,
     kept_tokens_ptr,
-    q_codes_ptr,
-    q_scale_sum_ptr,
     logits_ptr,
     thresholds_ptr,
     masses_ptr,
@@ -96,7 +97,7 @@ def decode_kernel(
     sinks_ptr,
     out_ptr,
     parts,
-    stride_scores,
+    stride_rank_keys,
     stride_middles,
     width,
     stride_page_ids,
@@ -132,12 +133,14 @@ def decode_kernel(
     HALF_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
-    COLUMNS_PAD: tl.constexpr,
     CAPACITY: tl.constexpr,
     HEADS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
+    STRATA: tl.constexpr,
     SCORE_PAGES: tl.constexpr,
     SCORE_STAGES: tl.constexpr,
+    RANK_PAGES: tl.constexpr,
+    RANK_OTHERS: tl.constexpr,
     ESTIMATE_TOKENS: tl.constexpr,
     ESTIMATE_STAGES: tl.constexpr,
     UNITE_TOKENS: tl.constexpr,
@@ -171,98 +174,72 @@ def decode_kernel(
         end = tl.minimum(start + per_part, length)
         list_ptr = row_page_ids_ptr
     else:
-        head = tl.arange(0, G_PAD)
         pages_ptr = candidate_page_ids_ptr + pair64 * width
-        pair_scores_ptr = scores_ptr + pair64 * stride_scores
+        pair_positions_ptr = positions_ptr + pair64 * width
         pair_logits_ptr = logits_ptr + pair64 * G * (width * PS)
-        digits_ptr = q_codes_ptr
-        scale_sum_ptr = q_scale_sum_ptr
-        pair_middles_ptr = middles_ptr
-        pair_positions_ptr = positions_ptr
-        if not EXACT:
-            digits_ptr += pair * G * 2 * D
-            scale_sum_ptr += pair * G * 2
-        if CENTRED:
-            pair_middles_ptr += pair64 * stride_middles
-            pair_positions_ptr += pair64 * width
+        pages, count, strata = count_candidates(length, budget_ptr, SINK, RECENT, PS)
+        tokens = count * PS - (pages * PS - length)
         if part == 0:
             tl.store(kept_tokens_ptr + pair, 0)
-            if not EXACT:
-                quantize_query(
-                    q_group_ptr,
-                    digits_ptr,
-                    scale_sum_ptr,
-                    stride_q_head,
-                    G,
-                    G_ROWS,
-                    D,
-                    D_PAD,
-                )
-
-        of_maxima, of_minima = split_query(
-            q_group_ptr, stride_q_head, SLACK, CENTRED, SCORE, G, SCORE_ROWS, D, D_PAD
-        )
-        full_pages = (length - 1) // PS
-        step = parts * SCORE_PAGES
-        for start in tl.range(part * SCORE_PAGES, full_pages, step, num_stages=SCORE_STAGES):
-            column = start + tl.arange(0, SCORE_PAGES)
-            inside = column < full_pages
-            page = tl.load(row_page_ids_ptr + column, inside, other=0)
-            score = score_pages(
-                of_maxima,
-                of_minima,
+            tl.store(counts_ptr + pair, count)
+            tl.store(candidate_tokens_ptr + pair, tokens)
+        turns = (strata + STRATA - 1) // STRATA
+        first_stratum = part * turns // parts * STRATA
+        last_stratum = tl.minimum((part + 1) * turns // parts * STRATA, strata)
+        for stratum in range(first_stratum, last_stratum, STRATA):
+            choose_in_strata(
+                q_group_ptr,
                 min_max_ptr,
-                pair_middles_ptr,
-                page,
-                column,
-                inside,
+                row_page_ids_ptr,
+                rank_keys_ptr + pair64 * stride_rank_keys,
+                middles_ptr + pair64 * stride_middles,
+                pages_ptr,
+                pair_positions_ptr,
                 head_kv,
-                SLACK,
+                length,
+                pages,
+                count,
+                strata,
+                stratum,
+                stride_q_head,
                 CENTRED,
+                SLACK,
                 SCORE,
+                SINK,
+                RECENT,
+                PS,
                 HK,
                 G,
                 G_ROWS,
                 SCORE_ROWS,
                 D,
                 D_PAD,
+                STRATA,
+                SCORE_PAGES,
+                SCORE_STAGES,
+                RANK_PAGES,
+                RANK_OTHERS,
             )
-            tl.store(pair_scores_ptr + column, score, inside)
-        _meet(arrivals_ptr, parts, parts)
-
-        chosen, count = choose_pages(
-            pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
-        )
-        tokens = count * PS - ((length + PS - 1) // PS * PS - length)
-        # Candidates are dealt out one by one, since those that are kept stand together.
-        own_pages = (count - part + parts - 1) // parts
-        position = tl.arange(0, COLUMNS_PAD)
-        rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        mine = chosen & (rank % parts == part)
-        page_id = tl.load(row_page_ids_ptr + position, mine, other=0)
-        tl.store(pages_ptr + rank, page_id, mine)
-        if CENTRED:
-            tl.store(pair_positions_ptr + rank, position, mine)
-        if part == 0:
-            tl.store(counts_ptr + pair, count)
-            tl.store(candidate_tokens_ptr + pair, tokens)
         tl.debug_barrier()
-
+        first_page = begin_of_stratum(first_stratum, count, strata)
+        last_page = begin_of_stratum(last_stratum, count, strata)
+        head = tl.arange(0, G_PAD)
+        digits = 0
+        if not EXACT:
+            digits = quantize_query(q_group_ptr, stride_q_head, G, G_PAD, D // 2, HALF_PAD)
         estimate_pages(
             q_group_ptr,
             keys_head_ptr,
             codes_ptr,
             scale_zero_ptr,
-            digits_ptr,
-            scale_sum_ptr,
-            pair_middles_ptr,
+            digits,
+            middles_ptr + pair64 * stride_middles,
             pair_positions_ptr,
             pages_ptr,
             pair_logits_ptr + head[:, None] * (width * PS),
             head_kv,
-            part,
-            count,
-            parts,
+            first_page,
+            last_page,
             count,
             (length - 1) % PS + 1,
             stride_q_head,
@@ -285,7 +262,7 @@ def decode_kernel(
             ESTIMATE_STAGES,
             PACKED_ASM,
         )
-        _meet(arrivals_ptr, 2 * parts, parts)
+        _meet(arrivals_ptr, parts, parts)
 
         mass = tl.load(p_ptr + row)
         for first in range(part * HEADS, G, parts * HEADS):
@@ -294,30 +271,30 @@ def decode_kernel(
             found, share = find_thresholds(rows_ptr, tokens, mass, STEPS, HEADS, CAPACITY)
             tl.store(thresholds_ptr + pair * G + member, found, member < G)
             tl.store(masses_ptr + pair * G + member, share, member < G)
-        _meet(arrivals_ptr, 3 * parts, parts)
+        _meet(arrivals_ptr, 2 * parts, parts)
 
-        pages_before = part * (count // parts) + tl.minimum(part, count % parts)
-        list_ptr = slots_ptr + (pair64 * width + pages_before) * PS
+        first_token = first_page * PS
+        last_token = tl.minimum(last_page * PS, tokens)
+        list_ptr = slots_ptr + pair64 * (width * PS) + first_token
         end = 0
-        for block in range(0, own_pages * PS, UNITE_TOKENS):
-            own = block + tl.arange(0, UNITE_TOKENS)
-            token = (part + own // PS * parts) * PS + own % PS
-            keep = keep_any(
+        for block in range(first_token, last_token, UNITE_TOKENS):
+            keep, token_slot = keep_any(
                 pair_logits_ptr,
                 thresholds_ptr + pair * G,
-                token,
-                token < tokens,
-                tokens,
+                pages_ptr,
+                pair_positions_ptr,
+                block,
+                last_token,
                 length,
                 width * PS,
                 G,
                 PS,
                 SINK,
                 RECENT,
+                UNITE_TOKENS,
             )
             kept = keep.to(tl.int32)
-            kept_page = tl.load(pages_ptr + token // PS, keep, other=0)
-            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, kept_page * PS + own % PS, keep)
+            tl.store(list_ptr + end + tl.cumsum(kept, 0) - 1, token_slot, keep)
             end += tl.sum(kept, 0)
         tl.atomic_add(kept_tokens_ptr + pair, end, sem="relaxed")
         start = 0
@@ -379,7 +356,7 @@ def decode_kernel(
                 DV,
                 DV_PAD,
             )
-            before = tl.where(is_sparse, 3 * parts, 0)
+            before = tl.where(is_sparse, 2 * parts, 0)
             _meet(arrivals_ptr, before + parts, parts)
             for member in range(part, G, parts):
                 _merge_head(

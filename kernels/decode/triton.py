@@ -1,10 +1,9 @@
 """Score, select, estimate, prune and attend in one launch.
 
-A (request, KV head) is given to `parts` programs. Each scores a part of the pages; all then choose
-the same candidates, each in its own registers, and take every `parts`-th of them; they estimate,
-unite and attend to their own. The search for thresholds and the merge of the results are dealt to
-them by query head. In between they wait for each other. The reference is
-`twilight_sgl.attention.pipeline.decode_reference`.
+A (request, KV head) is given to `parts` programs, and each of those some of its strata: it finds
+their candidates, unites what the heads keep of them, and attends to that. The thresholds and the
+merge of the results are dealt out by query head. In between the programs wait for each other. The
+reference is `twilight_sgl.attention.pipeline.decode_reference`.
 
 Programs that wait for each other must run at the same time. So the grid never has more of them than
 the GPU holds, and two such kernels must not run at once, as on two streams. With one part nobody
@@ -24,9 +23,8 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
-from twilight_sgl.kernels.page_score.triton import product_rows, score_dtype
+from twilight_sgl.kernels.select.triton import select_options
 
-MOST_COLUMNS = 2048
 MOST_PARTS = 32  # programs that share a (request, KV head)
 _FEW_PAIRS = 8
 _SHARED_OF_TWO = 166 << 10  # bytes
@@ -64,15 +62,13 @@ def decode_layer(
     sparse: torch.Tensor,
     p: torch.Tensor,
     budgets: torch.Tensor,
-    scores: torch.Tensor,
+    rank_keys: torch.Tensor,
     middles: torch.Tensor | None,
     candidate_page_ids: torch.Tensor,
-    positions: torch.Tensor | None,
+    positions: torch.Tensor,
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
-    q_codes: torch.Tensor | None,
-    q_scale_sum: torch.Tensor | None,
     logits: torch.Tensor,
     thresholds: torch.Tensor,
     masses: torch.Tensor,
@@ -93,19 +89,17 @@ def decode_layer(
     Args:
         q: [B, HQ, D]; key_cache: [P, PS, HK, D]; value_cache: [P, PS, HK, DV].
         min_max, codes, scale_zero: page summaries; codes None for the `exact` estimator.
-        page_ids, seq_lens, sparse, p: see `DecodePlan`; at most MOST_COLUMNS pages a row.
-        budgets to kept_token_slots: as for `page_scores`, `select_pages`, `estimate_logits`,
+        page_ids, seq_lens, sparse, p: see `DecodePlan`.
+        budgets to kept_token_slots: as for `select_pages`, `estimate_logits`,
             `top_p_thresholds` and `unite_kept`, except that kept slots are listed apart for every
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
-        slack: as for `page_scores`; sinks: as for `attend`.
+        slack: as for `select_pages`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
     page_size, heads_kv, dim_v = value_cache.shape[1:]
     group = heads_q // heads_kv
-    rows = triton.next_power_of_2(group)
-    dim_v_pad = triton.next_power_of_2(dim_v)
     pairs = batch * heads_kv
     wide = key_cache.element_size() > 2 or (codes is None and dim > 128)
     parts = decode_parts(pairs, wide, q.device)
@@ -122,15 +116,13 @@ def decode_layer(
         sparse,
         p,
         budgets,
-        scores,
-        middles,
+        rank_keys,
+        rank_keys if middles is None else middles,
         candidate_page_ids,
         positions,
         counts,
         candidate_tokens,
         kept_tokens,
-        q if q_codes is None else q_codes,
-        q if q_scale_sum is None else q_scale_sum,
         logits,
         thresholds,
         masses,
@@ -141,7 +133,7 @@ def decode_layer(
         q if sinks is None else sinks,
         out,
         parts,
-        scores.stride(1),
+        rank_keys.stride(1),
         0 if middles is None else middles.stride(1),
         candidate_page_ids.shape[-1],
         page_ids.stride(0),
@@ -159,35 +151,33 @@ def decode_layer(
         HAS_CAP=logit_cap != 0,
         HAS_SINKS=sinks is not None,
         EXACT=codes is None,
-        CENTRED=middles is not None,
-        SLACK=slack,
-        SCORE=score_dtype(q.dtype, min_max.dtype),
         COMPUTE=compute_dtype(q.dtype),
         STEPS=steps,
-        SINK=sink_tokens,
-        RECENT=max(recent_tokens, 1),
-        PS=page_size,
-        HK=heads_kv,
-        G=group,
-        G_ROWS=rows,
-        G_PAD=max(16, rows),
-        SCORE_ROWS=product_rows(group, middles is not None),
-        D=dim,
-        D_PAD=triton.next_power_of_2(dim),
+        G_PAD=max(16, triton.next_power_of_2(group)),
         HALF_PAD=max(32, triton.next_power_of_2(dim // 2)),
         DV=dim_v,
-        DV_PAD=dim_v_pad,
-        COLUMNS_PAD=max(16, triton.next_power_of_2(page_ids.shape[1])),
+        DV_PAD=triton.next_power_of_2(dim_v),
         CAPACITY=max(16, triton.next_power_of_2(logits.shape[-1])),
         HEADS=1 if group <= parts else 2,
         PARTS_PAD=MOST_PARTS,
+        STRATA=2,
         SCORE_PAGES=16 if interpreted else 64 if dim <= 128 else 32,
-        SCORE_STAGES=1 if interpreted else 5,
+        SCORE_STAGES=1 if interpreted else 3,
+        RANK_OTHERS=16 if interpreted else 32,
         ESTIMATE_TOKENS=max(64 if interpreted else 128, page_size),
         ESTIMATE_STAGES=1 if interpreted else 5,
         UNITE_TOKENS=64 if interpreted else 512 if parts > 8 else 2048,
         ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
         ATTEND_STAGES=1 if interpreted else 5,
         PACKED_ASM=not interpreted,
+        **select_options(
+            q,
+            min_max,
+            middles,
+            page_size=page_size,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+            slack=slack,
+        ),
         **launch_options(_tiling(pairs, wide, q.device)[0]),
     )

@@ -22,36 +22,89 @@ def _round(x):
 @triton.jit
 def quantize_query(
     q_ptr,
+    stride_head,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
+    """A group's queries [G, 2 * HALF] as two int8 digits a channel.
+
+    Returns:
+        [G_PAD, HALF_PAD] int8: first digits of the first and second half of the channels, second
+        digits of both; [G_PAD] the scale s and the sum of q over channels.
+    """
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, HALF_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < HALF)
+    low_ptr = q_ptr + head[:, None] * stride_head + channel[None, :]
+    low = tl.load(low_ptr, inside, other=0.0).to(tl.float32)
+    high = tl.load(low_ptr + HALF, inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1)
+    scale = tl.where(largest > 0, largest, 1.0) / 127.0
+    sums = tl.sum(low + high, 1)
+    low = low / scale[:, None]
+    high = high / scale[:, None]
+    first_low = _round(low)
+    first_high = _round(high)
+    second_low = _round((low - first_low) * 254.0).to(tl.int8)
+    second_high = _round((high - first_high) * 254.0).to(tl.int8)
+    return first_low.to(tl.int8), first_high.to(tl.int8), second_low, second_high, scale, sums
+
+
+@triton.jit
+def store_digits(
+    q_ptr,
     q_codes_ptr,
     q_scale_sum_ptr,
     stride_head,
     G: tl.constexpr,
     G_PAD: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
 ):
-    """Write a group's queries as two int8 digits a channel.
+    """Quantize a group's queries for programs of a later launch.
 
     Args:
-        q_ptr: the group's [G, D]; stride_head between heads.
-        q_codes_ptr: its [G, 2, D] int8; q_scale_sum_ptr: its [G, 2] float32, the scale s and
-            the sum of q over channels.
+        q_codes_ptr: the group's [G, 2, D] int8 digits, written; q_scale_sum_ptr: its [G, 2] float32
+            scales and sums of q over channels, written.
     """
+    first_low, first_high, second_low, second_high, scale, sums = quantize_query(
+        q_ptr, stride_head, G, G_PAD, HALF, HALF_PAD
+    )
     head = tl.arange(0, G_PAD)
-    channel = tl.arange(0, D_PAD)
-    inside = (head[:, None] < G) & (channel[None, :] < D)
-    q = tl.load(q_ptr + head[:, None] * stride_head + channel[None, :], inside, other=0.0)
-    q = q.to(tl.float32)
-    largest = tl.max(tl.abs(q), 1)
-    scale = tl.where(largest > 0, largest, 1.0) / 127.0
-    scaled = q / scale[:, None]
-    first = _round(scaled)
-    second = _round((scaled - first) * 254.0)
-    codes_ptr = q_codes_ptr + head[:, None] * (2 * D) + channel[None, :]
-    tl.store(codes_ptr, first.to(tl.int8), inside)
-    tl.store(codes_ptr + D, second.to(tl.int8), inside)
+    channel = tl.arange(0, HALF_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < HALF)
+    digits_ptr = q_codes_ptr + head[:, None] * (4 * HALF) + channel[None, :]
+    tl.store(digits_ptr, first_low, inside)
+    tl.store(digits_ptr + HALF, first_high, inside)
+    tl.store(digits_ptr + 2 * HALF, second_low, inside)
+    tl.store(digits_ptr + 3 * HALF, second_high, inside)
     tl.store(q_scale_sum_ptr + head * 2, scale, head < G)
-    tl.store(q_scale_sum_ptr + head * 2 + 1, tl.sum(q, 1), head < G)
+    tl.store(q_scale_sum_ptr + head * 2 + 1, sums, head < G)
+
+
+@triton.jit
+def load_digits(
+    q_codes_ptr,
+    q_scale_sum_ptr,
+    G: tl.constexpr,
+    G_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
+    """What `store_digits` has stored, as `quantize_query` returns it."""
+    head = tl.arange(0, G_PAD)
+    channel = tl.arange(0, HALF_PAD)
+    inside = (head[:, None] < G) & (channel[None, :] < HALF)
+    digits_ptr = q_codes_ptr + head[:, None] * (4 * HALF) + channel[None, :]
+    first_low = tl.load(digits_ptr, inside, other=0)
+    first_high = tl.load(digits_ptr + HALF, inside, other=0)
+    second_low = tl.load(digits_ptr + 2 * HALF, inside, other=0)
+    second_high = tl.load(digits_ptr + 3 * HALF, inside, other=0)
+    scale = tl.load(q_scale_sum_ptr + head * 2, head < G, other=0.0)
+    sums = tl.load(q_scale_sum_ptr + head * 2 + 1, head < G, other=0.0)
+    return first_low, first_high, second_low, second_high, scale, sums
 
 
 @triton.jit
@@ -108,8 +161,7 @@ def estimate_pages(
     keys_head_ptr,
     codes_ptr,
     scale_zero_ptr,
-    q_codes_ptr,
-    q_scale_sum_ptr,
+    digits,
     middles_ptr,
     positions_ptr,
     pages_ptr,
@@ -117,7 +169,6 @@ def estimate_pages(
     head_kv,
     first_page,
     last_page,
-    page_step,
     count,
     open_tokens,
     stride_q_head,
@@ -140,11 +191,11 @@ def estimate_pages(
     STAGES: tl.constexpr,
     PACKED_ASM: tl.constexpr,
 ):
-    """Logits of a group for every page_step-th candidate page from first_page to below last_page.
+    """Logits of a group for the candidate pages from first_page to below last_page.
 
     Args:
         q_group_ptr: the group's [G, D]; keys_head_ptr: the KV head's keys by slot.
-        q_codes_ptr, q_scale_sum_ptr: the group's digits, see `quantize_query`.
+        digits: what `quantize_query` returns; anything with EXACT.
         middles_ptr, positions_ptr: with CENTRED, the (request, KV head)'s [T, G_ROWS] products
             with pages' middles, and its candidates' logical pages.
         pages_ptr: the (request, KV head)'s candidates, count of them; the last is the open page,
@@ -156,8 +207,8 @@ def estimate_pages(
     head = tl.arange(0, G_PAD)
     token = tl.arange(0, BLOCK)
     if EXACT:
-        for start in tl.range(first_page, last_page, PAGES * page_step, num_stages=STAGES):
-            candidate = start + token // PS * page_step  # [BLOCK]
+        for start in tl.range(first_page, last_page, PAGES, num_stages=STAGES):
+            candidate = start + token // PS  # [BLOCK]
             in_page = tl.where(candidate == count - 1, open_tokens, PS)
             inside = (candidate < last_page) & (token % PS < in_page)
             page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
@@ -182,18 +233,12 @@ def estimate_pages(
             )
     else:
         channel = tl.arange(0, HALF_PAD)
-        digit_ptr = q_codes_ptr + head[:, None] * (2 * D) + channel[None, :]
-        digit_inside = (head[:, None] < G) & (channel[None, :] < HALF)
-        first_low = tl.load(digit_ptr, digit_inside, other=0, cache_modifier=".cg")
-        first_high = tl.load(digit_ptr + HALF, digit_inside, other=0, cache_modifier=".cg")
-        second_low = tl.load(digit_ptr + D, digit_inside, other=0, cache_modifier=".cg")
-        second_high = tl.load(digit_ptr + D + HALF, digit_inside, other=0, cache_modifier=".cg")
-        scale_sum_ptr = q_scale_sum_ptr + head * 2
-        q_scale = tl.load(scale_sum_ptr, head < G, other=0.0, cache_modifier=".cg") * sm_scale
-        q_sum = tl.load(scale_sum_ptr + 1, head < G, other=0.0, cache_modifier=".cg") * sm_scale
+        first_low, first_high, second_low, second_high, q_scale, q_sum = digits
+        q_scale *= sm_scale
+        q_sum *= sm_scale
         sealed_end = tl.minimum(last_page, count - 1)  # the last candidate is the open page
-        for start in tl.range(first_page, sealed_end, PAGES * page_step, num_stages=STAGES):
-            candidate = start + token // PS * page_step  # [BLOCK]
+        for start in tl.range(first_page, sealed_end, PAGES, num_stages=STAGES):
+            candidate = start + token // PS  # [BLOCK]
             inside = candidate < sealed_end
             page = tl.load(pages_ptr + candidate, inside, other=0).to(tl.int64)
             code_row = (page * HK + head_kv) * PS + token % PS
@@ -217,7 +262,7 @@ def estimate_pages(
             logits += q_sum[:, None] * zero.to(tl.float32)[None, :]
             if CENTRED:
                 # A page at a time: a tile of all tokens would take as much shared memory as codes.
-                each = start + tl.arange(0, PAGES) * page_step
+                each = start + tl.arange(0, PAGES)
                 position = tl.load(positions_ptr + each, each < sealed_end, other=0)
                 middle = tl.load(
                     middles_ptr + position[None, :] * G_ROWS + head[:, None],
@@ -233,8 +278,7 @@ def estimate_pages(
                 logits.to(out_ptr.dtype.element_ty),
                 (head[:, None] < G) & inside[None, :],
             )
-        owns_open = (last_page == count) & ((count - 1 - first_page) % page_step == 0)
-        if (first_page < last_page) & owns_open:
+        if (first_page < last_page) & (last_page == count):
             offset = tl.arange(0, PS)
             open_page = tl.load(pages_ptr + count - 1).to(tl.int64)
             open_inside = offset < open_tokens

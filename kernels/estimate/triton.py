@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.estimate.parts import estimate_pages
+from twilight_sgl.kernels.estimate.parts import estimate_pages, load_digits
 from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
@@ -81,13 +81,22 @@ def _estimate_kernel(
         if CENTRED:
             pair_middles_ptr += pair * stride_middles
             pair_positions_ptr += pair * width
+        digits = 0
+        if not EXACT:
+            digits = load_digits(
+                q_codes_ptr + pair * G * 2 * D,
+                q_scale_sum_ptr + pair * G * 2,
+                G,
+                G_PAD,
+                D // 2,
+                HALF_PAD,
+            )
         estimate_pages(
             q_ptr + row.to(tl.int64) * stride_q_row + head_kv * G * stride_q_head,
             keys_ptr + head_kv * stride_key_head,
             codes_ptr,
             scale_zero_ptr,
-            q_codes_ptr + pair * G * (2 * D),
-            q_scale_sum_ptr + pair * G * 2,
+            digits,
             pair_middles_ptr,
             pair_positions_ptr,
             candidate_page_ids_ptr + pair * width,
@@ -95,7 +104,6 @@ def _estimate_kernel(
             head_kv,
             first_page,
             tl.minimum(first_page + item_pages, count),
-            1,
             count,
             (length - 1) % PS + 1,
             stride_q_head,
@@ -137,7 +145,7 @@ def estimate_logits(
     q_codes: torch.Tensor | None,
     q_scale_sum: torch.Tensor | None,
     middles: torch.Tensor | None,
-    positions: torch.Tensor | None,
+    positions: torch.Tensor,
     candidate_page_ids: torch.Tensor,
     counts: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -155,11 +163,11 @@ def estimate_logits(
         q: [B, HQ, D].
         key_cache: [P, PS, HK, D] one layer's keys by page.
         codes, scale_zero: [P, HK, PS, D // 2] uint8, [P, HK, PS, 2] float16, or None.
-        q_codes, q_scale_sum: from `quantize_query`, or None.
-        middles, positions: [B, HK, T, G_ROWS] float32 from `page_scores` and [B, HK, C] int32 from
-            `select_pages`, for INT4 keys that are less their page's middle; else None.
-        candidate_page_ids, counts: [B, HK, C] and [B, HK] int32 from `select_pages`; a row's
-            heads all have the same count.
+        q_codes, q_scale_sum: the queries' digits from `select_pages`, or None.
+        middles: [B, HK, T, G_ROWS] float32 from `select_pages`, for INT4 keys that are less their
+            page's middle; else None.
+        positions, candidate_page_ids, counts: [B, HK, C] twice and [B, HK] int32 from
+            `select_pages`; a row's heads all have the same count.
         seq_lens: [B] int32.
         logits: [B, HQ, C * PS] float16 or float32, written where there is a token, in the order
             of the candidates; the rest keeps what it held.

@@ -1,1 +1,1 @@
-"""Page score: Quest's upper bound on the logits of a page, from its summary."""
+"""Page score: by the box of a page's keys, as Quest's bound on its logits; a part of select."""

@@ -1,1 +1,1 @@
-"""Select: the candidate pages of every KV head, within the budget B0."""
+"""Select: score pages and choose every KV head's candidates, within the budget B0."""

@@ -1,214 +1,216 @@
-"""What chooses candidate pages: a search for the score of the last that fits, without a sort."""
+"""What chooses candidate pages: the best of each stratum, ranked without a sort or a search.
+
+The pages of a request are dealt out to its strata one by one, so that the last page is in the last
+stratum. A stratum's pages are ranked by counting, for each, those that beat it.
+"""
 
 import triton
 import triton.language as tl
 
-_LARGEST = tl.constexpr(1e38)
+from twilight_sgl.kernels.page_score.parts import score_pages, split_query
+from twilight_sgl.kernels.select.reference import LEAST_OF_STRATUM, STRATUM_PAGES
+
+_STRATUM_PAGES = tl.constexpr(STRATUM_PAGES)
+_LEAST_OF_STRATUM = tl.constexpr(LEAST_OF_STRATUM)
 
 
 @triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def _spread(a0, a1, a2, a3, b0, b1, b2, b3):
-    return tl.minimum(a0, b0), tl.maximum(a1, b1), a2 + b2, a3 + b3
-
-
-@triton.jit
-def _search_threshold(scores, scored, num_scored, k):
-    """Bounds low < high with at least k scores from low on and fewer than k from high on.
-
-    Three thresholds a round, two of their counts in one integer, until exactly k scores are at
-    or above low or the bounds are as near as float32 can tell at the scale of the scores. The
-    first three lie where a normal distribution would have the k-th score.
-
-    Returns:
-        low, high, the number of scores from low on, and from high on.
-    """
-    infinity = float("inf")
-    real = tl.where(scored, scores, 0.0)
-    low, high, total, squares = tl.reduce(
-        (
-            tl.where(scored, scores, infinity),
-            tl.where(scored, scores, -infinity),
-            real,
-            real * real,
-        ),
-        0,
-        _spread,
-    )
-    scores = tl.where(scored, scores, -infinity)
-    high = high + tl.maximum(tl.abs(high), tl.abs(low)) * 1e-6 + 1e-30  # above all
-    count = num_scored
-    above = num_scored * 0
-    rounds = 0
-    number = num_scored.to(tl.float32)
-    mean = total / number
-    deviation = tl.sqrt(tl.maximum(squares / number - mean * mean, 0.0))
-    below = tl.minimum(tl.maximum(1.0 - k / number, 1e-6), 1.0)
-    # Quantile of the normal distribution (Joiner and Rosenblatt, 1971).
-    quantile = (tl.exp2(tl.log2(below) * 0.14) - tl.exp2(tl.log2(k / number) * 0.14)) * 4.91
-    second = mean + deviation * quantile
-    first = second - deviation * 0.1
-    third = second + deviation * 0.1
-    quarter = (high - low) * 0.25
-    guessed = (first > low) & (third < high)  # no if anything is not finite
-    first = tl.where(guessed, first, low + quarter)
-    second = tl.where(guessed, second, low + quarter * 2)
-    third = tl.where(guessed, third, low + quarter * 3)
-    while (count > k) & (rounds < 15):
-        low_counts, threes = tl.reduce(
-            (
-                tl.where(scores >= first, 1, 0) + tl.where(scores >= second, 65536, 0),
-                (scores >= third).to(tl.int32),
-            ),
-            0,
-            _add2,
-        )
-        ones = low_counts & 0xFFFF
-        twos = (low_counts >> 16) & 0xFFFF
-        enough1 = ones >= k
-        enough2 = twos >= k
-        enough3 = threes >= k
-        if enough2:
-            high = tl.where(enough3, high, third)
-            above = tl.where(enough3, above, threes)
-            low = tl.where(enough3, third, second)
-            count = tl.where(enough3, threes, twos)
-        else:
-            high = tl.where(enough1, second, first)
-            above = tl.where(enough1, twos, ones)
-            low = tl.where(enough1, first, low)
-            count = tl.where(enough1, ones, count)
-        quarter = (high - low) * 0.25
-        first = low + quarter
-        second = low + quarter * 2
-        third = low + quarter * 3
-        rounds += 1
-    return low, high, count, above
-
-
-@triton.jit
-def _load_scores(scores_ptr, position, scored):
-    score = tl.load(scores_ptr + position, scored, other=0.0, cache_modifier=".cg")
-    score = tl.where(score == score, score, -_LARGEST)  # keys that are not finite
-    return tl.minimum(tl.maximum(score, -_LARGEST), _LARGEST)
-
-
-@triton.jit
-def _kinds(
-    scores_ptr, position, length, SINK: tl.constexpr, RECENT: tl.constexpr, PS: tl.constexpr
+def count_candidates(
+    length, budget_ptr, SINK: tl.constexpr, RECENT: tl.constexpr, PS: tl.constexpr
 ):
-    """Which pages are always candidates and which by score, and the latter's scores."""
-    sink_below: tl.constexpr = (SINK + PS - 1) // PS
-    recent_from = tl.maximum(length - RECENT, 0) // PS
-    exists = position < (length + PS - 1) // PS
-    forced = exists & ((position < sink_below) | (position >= recent_from))
-    scored = exists & (~forced)
-    return forced, scored, _load_scores(scores_ptr, position, scored)
+    """A sparse row's pages, its candidate pages and its strata; `reference.num_strata` of them.
 
-
-@triton.jit
-def _cut_scores(
-    score,
-    scored,
-    length,
-    budget_ptr,
-    SINK: tl.constexpr,
-    RECENT: tl.constexpr,
-    PS: tl.constexpr,
-):
-    """What a row's candidates score: those from high on, and the first `spare` from low on.
-
-    Returns:
-        low, high, spare, and how many candidates there are, forced ones included.
+    Args:
+        length: tokens of the row, at least 1, or a tensor of such.
+        budget_ptr: `budget_table`.
     """
+    SINK_BELOW: tl.constexpr = (SINK + PS - 1) // PS
+    BOUND: tl.constexpr = SINK_BELOW + (RECENT + PS - 1) // PS + 1  # `reference.forced_bound`
     pages = (length + PS - 1) // PS
-    sink_below: tl.constexpr = (SINK + PS - 1) // PS
-    num_sink = tl.minimum(sink_below, pages)
+    num_sink = tl.minimum(SINK_BELOW, pages)
     recent_from = tl.maximum(length - RECENT, 0) // PS
     num_forced = num_sink + pages - tl.maximum(recent_from, num_sink)
     count = tl.maximum(tl.load(budget_ptr + pages), num_forced)
-    room = count - num_forced
-    low = tl.zeros((), tl.float32) + 2.0 * _LARGEST
-    high = low
-    spare = room * 0
-    if room > 0:
-        low, high, found, above = _search_threshold(score, scored, pages - num_forced, room)
-        if found <= room:
-            high = low
-        else:
-            spare = room - above
-    return low, high, spare, count
+    strata = tl.minimum(
+        (pages + _STRATUM_PAGES - 1) // _STRATUM_PAGES,
+        tl.maximum(count - BOUND, 0) // _LEAST_OF_STRATUM,
+    )
+    return pages, count, tl.maximum(strata, 1)
 
 
 @triton.jit
-def choose_pages(
-    scores_ptr,
+def begin_of_stratum(stratum, total, strata):
+    """Where a stratum's part of `total` things begins; the last strata have one more."""
+    return stratum * (total // strata) + tl.maximum(stratum - (strata - total % strata), 0)
+
+
+@triton.jit
+def _rank_keys(
+    score,
+    index,
+    index_mask,
+    position,
     length,
-    budget_ptr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     PS: tl.constexpr,
-    COLUMNS_PAD: tl.constexpr,
 ):
-    """A sparse row's candidates for one KV head: its best pages and those always kept.
+    """What pages are ranked by: int32 in the order of their scores, no two of a stratum equal.
+
+    The lowest bits of a score make way for its page's index in the stratum, so that one comparison
+    tells which of two pages is better; those of a page that is always kept are above all.
+    """
+    SINK_BELOW: tl.constexpr = (SINK + PS - 1) // PS
+    recent_from = tl.maximum(length - RECENT, 0) // PS
+    forced = (position < SINK_BELOW) | (position >= recent_from)
+    score = tl.where(score == score, score, -float("inf"))  # keys that are not finite
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(forced, 0x7FFFFFFF, ordered)
+    return (ordered & ~index_mask) | (index_mask - index)
+
+
+@triton.jit
+def _list_candidates(
+    keys_ptr,
+    row_page_ids_ptr,
+    pages_ptr,
+    positions_ptr,
+    first_page,
+    stratum_pages,
+    place,
+    room,
+    strata,
+    BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,
+):
+    """List the best pages of S strata for one KV head, each in ascending order.
 
     Args:
-        scores_ptr: float32 scores of the row's full pages.
-        length: tokens of the row, at least 1.
-    Returns:
-        [COLUMNS_PAD] whether each page is a candidate, and how many are.
+        keys_ptr: [S, 1] pointers to the strata's `_rank_keys`, written by this program.
+        pages_ptr, positions_ptr: the (request, KV head)'s candidates, physical and logical.
+        first_page, stratum_pages: [S, 1] of each stratum; 0 pages where there is none.
+        place, room: [S] where in the list it begins, and how many candidates it has.
+        BLOCK, OTHERS: pages of each ranked at a time, and compared with those at a time.
     """
-    position = tl.arange(0, COLUMNS_PAD)
-    forced, scored, score = _kinds(scores_ptr, position, length, SINK, RECENT, PS)
-    low, high, spare, count = _cut_scores(score, scored, length, budget_ptr, SINK, RECENT, PS)
-    good = scored & (score >= high)
-    if spare > 0:  # of equal scores the earlier pages
-        ties = scored & (score >= low) & (score < high)
-        good = good | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= spare))
-    return forced | good, count
+    nothing: tl.constexpr = -0x80000000
+    largest = tl.max(stratum_pages)
+    for start in range(0, largest, BLOCK):
+        index = start + tl.arange(0, BLOCK)[None, :]
+        exists = index < stratum_pages  # [S, BLOCK]
+        mine = tl.load(keys_ptr + index, exists, other=nothing)
+        beaten = tl.zeros([mine.shape[0], BLOCK, OTHERS], tl.int32)  # summed once, at the end
+        for other_start in range(0, largest, OTHERS):
+            other = other_start + tl.arange(0, OTHERS)[None, :]
+            theirs = tl.load(keys_ptr + other, other < stratum_pages, other=nothing)
+            beaten += (theirs[:, None, :] > mine[:, :, None]).to(tl.int32)
+        chosen = exists & (tl.sum(beaten, 2) < room[:, None])
+        listed = place[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
+        position = first_page + index * strata
+        page = tl.load(row_page_ids_ptr + position, chosen, other=0)
+        tl.store(pages_ptr + listed, page, chosen)
+        tl.store(positions_ptr + listed, position, chosen)
+        place += tl.sum(chosen.to(tl.int32), 1)
 
 
 @triton.jit
-def choose_slice(
-    scores_ptr,
+def choose_in_strata(
+    q_group_ptr,
+    min_max_ptr,
+    row_page_ids_ptr,
+    keys_ptr,
+    middles_ptr,
+    pages_ptr,
+    positions_ptr,
+    head_kv,
     length,
-    budget_ptr,
-    first,
+    pages,
+    count,
+    strata,
+    first_stratum,
+    stride_q_head,
+    CENTRED: tl.constexpr,
+    SLACK: tl.constexpr,
+    SCORE: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     PS: tl.constexpr,
-    COLUMNS_PAD: tl.constexpr,
-    SLICE: tl.constexpr,
+    HK: tl.constexpr,
+    G: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    SCORE_ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    STRATA: tl.constexpr,
+    SCORE_PAGES: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    RANK_PAGES: tl.constexpr,
+    RANK_OTHERS: tl.constexpr,
 ):
-    """As `choose_pages` does, of the SLICE pages from `first` on, so that others list the rest.
+    """Score the pages of STRATA strata from `first_stratum` on for a KV head, and list the best.
 
-    The search is over all scores all the same: waiting for each other would take longer.
-
-    Returns:
-        [SLICE] whether each page is a candidate, [SLICE] its place among all candidates, and how
-        many there are.
+    Args:
+        q_group_ptr: the group's [G, D], of a sparse row.
+        keys_ptr: int32 scratch for the (request, KV head)'s pages, by stratum, see `_rank_keys`.
+        middles_ptr, pages_ptr, positions_ptr: its own.
+        pages, count, strata: from `count_candidates`.
     """
-    position = tl.arange(0, COLUMNS_PAD)
-    forced, scored, score = _kinds(scores_ptr, position, length, SINK, RECENT, PS)
-    low, high, spare, count = _cut_scores(score, scored, length, budget_ptr, SINK, RECENT, PS)
-    before = position < first
-    chosen_before, ties_before = tl.reduce(
-        (
-            (before & (forced | (scored & (score >= high)))).to(tl.int32),
-            (before & scored & (score >= low) & (score < high)).to(tl.int32),
-        ),
-        0,
-        _add2,
+    stratum = first_stratum + tl.arange(0, STRATA)
+    begin = begin_of_stratum(stratum, pages, strata)
+    stratum_pages = begin_of_stratum(stratum + 1, pages, strata) - begin
+    stratum_pages = tl.where(stratum < strata, stratum_pages, 0)[:, None]
+    first_page = ((stratum + pages) % strata)[:, None]
+    keys_ptr += begin[:, None]
+    largest = tl.max(stratum_pages)
+    index_mask = _STRATUM_PAGES - 1
+    while index_mask + 1 < largest:
+        index_mask = index_mask * 2 + 1
+    of_maxima, of_minima = split_query(
+        q_group_ptr, stride_q_head, SLACK, CENTRED, SCORE, G, SCORE_ROWS, D, D_PAD
     )
-    own = first + tl.arange(0, SLICE)
-    forced, scored, score = _kinds(scores_ptr, own, length, SINK, RECENT, PS)
-    chosen = forced | (scored & (score >= high))
-    if spare > 0:  # of equal scores the earlier pages
-        ties = scored & (score >= low) & (score < high)
-        chosen = chosen | (ties & (ties_before + tl.cumsum(ties.to(tl.int32), 0) <= spare))
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    return chosen, chosen_before + tl.minimum(ties_before, spare) + place, count
+    EACH: tl.constexpr = SCORE_PAGES // STRATA
+    for start in tl.range(0, largest, EACH, num_stages=SCORE_STAGES):
+        index = start + tl.arange(0, EACH)[None, :]
+        position = tl.reshape(first_page + index * strata, [SCORE_PAGES])
+        exists = tl.reshape(index < stratum_pages, [SCORE_PAGES])
+        page = tl.load(row_page_ids_ptr + position, exists, other=0)
+        inside = exists & (position < pages - 1)  # the last page is open and has no bounds
+        score = score_pages(
+            of_maxima,
+            of_minima,
+            min_max_ptr,
+            middles_ptr,
+            page,
+            position,
+            inside,
+            head_kv,
+            SLACK,
+            CENTRED,
+            SCORE,
+            HK,
+            G,
+            G_ROWS,
+            SCORE_ROWS,
+            D,
+            D_PAD,
+        )
+        index = tl.reshape(tl.broadcast_to(index, [STRATA, EACH]), [SCORE_PAGES])
+        key = _rank_keys(score, index, index_mask, position, length, SINK, RECENT, PS)
+        tl.store(
+            tl.reshape(keys_ptr + start + tl.arange(0, EACH)[None, :], [SCORE_PAGES]), key, exists
+        )
+    place = begin_of_stratum(stratum, count, strata)
+    tl.debug_barrier()
+    _list_candidates(
+        keys_ptr,
+        row_page_ids_ptr,
+        pages_ptr,
+        positions_ptr,
+        first_page,
+        stratum_pages,
+        place,
+        begin_of_stratum(stratum + 1, count, strata) - place,
+        strata,
+        RANK_PAGES,
+        RANK_OTHERS,
+    )

@@ -2,6 +2,9 @@
 
 import torch
 
+STRATUM_PAGES = 64
+LEAST_OF_STRATUM = 8  # candidates, so that no stratum is too small to hold its best pages
+
 
 def budget_pages(
     num_pages: torch.Tensor, budget: float, page_size: int, least_tokens: int = 0
@@ -45,6 +48,40 @@ def forced_pages(
     return exists & ((position < sink_below) | (position >= recent_from))
 
 
+def forced_bound(page_size: int, sink_tokens: int, recent_tokens: int) -> int:
+    """At least as many pages as `forced_pages` can name."""
+    return -(-sink_tokens // page_size) + -(-max(recent_tokens, 1) // page_size) + 1
+
+
+def num_strata(
+    num_pages: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    page_size: int,
+    sink_tokens: int,
+    recent_tokens: int,
+) -> torch.Tensor:
+    """In how many strata the candidates of a request are chosen, each apart.
+
+    Strata are what programs on a GPU choose without waiting for each other: of STRATUM_PAGES pages,
+    or larger ones where candidates are few.
+
+    Args:
+        num_pages: [B] integer, pages of each request.
+        counts: [B] integer, its candidate pages.
+    Returns:
+        [B] int64, at least 1.
+    """
+    room = counts.long() - forced_bound(page_size, sink_tokens, recent_tokens)
+    by_size = (num_pages.long() + STRATUM_PAGES - 1) // STRATUM_PAGES
+    return torch.minimum(by_size, room.clamp(min=0) // LEAST_OF_STRATUM).clamp(min=1)
+
+
+def _of_stratum(stratum: torch.Tensor, total: torch.Tensor, strata: torch.Tensor) -> torch.Tensor:
+    """How many of `total` things a stratum gets; the last strata get one more."""
+    return total // strata + (stratum >= strata - total % strata)
+
+
 def select_pages(
     scores: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -56,7 +93,12 @@ def select_pages(
     recent_tokens: int,
     least_tokens: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pick each KV head's best pages.
+    """Pick each KV head's best pages, stratum by stratum.
+
+    A request's pages are dealt out to its strata (`num_strata`) one by one, from the last page in
+    the last stratum backwards, and the budget in equal parts; each stratum takes its best. As
+    important pages are far fewer than candidates and neighbours come to different strata, this
+    differs from the best of all pages only near the worst that is chosen.
 
     Forced pages come first and count towards the budget, which grows to hold them. Equal scores
     go to the earlier page.
@@ -77,13 +119,26 @@ def select_pages(
     counts = torch.maximum(budgets, forced.sum(1))
     counts = torch.where(sparse, counts, num_pages)  # [B]
 
-    exists = torch.arange(num_columns, device=scores.device) < num_pages.unsqueeze(1)
+    column = torch.arange(num_columns, device=scores.device)
+    exists = column < num_pages.unsqueeze(1)
+    strata = num_strata(
+        num_pages,
+        counts,
+        page_size=page_size,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+    ).unsqueeze(1)
+    stratum = (column - num_pages.unsqueeze(1)) % strata  # [B, T]
+    room = _of_stratum(stratum, counts.unsqueeze(1), strata).masked_fill(~exists, 0)
+    stratum = stratum.masked_fill(~exists, num_columns)  # those behind the last page come last
     ranked = scores.masked_fill(forced.unsqueeze(1), torch.inf)
-    ranked = ranked.masked_fill(~exists.unsqueeze(1), -torch.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    stratum, room = (x.unsqueeze(1).expand_as(order) for x in (stratum, room))
+    order = order.gather(2, stratum.gather(2, order).sort(dim=-1, stable=True).indices)
+    of_order = stratum.gather(2, order)  # ascending, and best first within each
+    rank = column - torch.searchsorted(of_order, of_order)
+    chosen = rank < room.gather(2, order)
     width = int(counts.max()) if counts.numel() else 0
-    order = order[..., :width]
-    chosen = torch.arange(width, device=scores.device) < counts.view(-1, 1, 1)
-    positions = order.masked_fill(~chosen, num_columns).sort(-1).values
+    positions = order.masked_fill(~chosen, num_columns).sort(-1).values[..., :width]
     positions = positions.masked_fill(positions == num_columns, -1)
     return positions.int(), counts.int().unsqueeze(1).expand(-1, scores.shape[1]).contiguous()

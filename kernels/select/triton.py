@@ -1,13 +1,24 @@
-"""Candidate pages in Triton."""
+"""Candidate pages in Triton: scored, ranked and listed in one launch.
+
+A program takes some strata of a request's pages for one KV head and waits for nobody. What it
+scores them by is in `page_score`.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.estimate.parts import quantize_query
-from twilight_sgl.kernels.launch import is_interpreted, launch_options, wait_for_inputs
-from twilight_sgl.kernels.select.parts import choose_pages, choose_slice
-from twilight_sgl.kernels.select.reference import budget_pages
+from twilight_sgl.kernels.estimate.parts import store_digits
+from twilight_sgl.kernels.launch import (
+    grid_programs,
+    is_interpreted,
+    launch_options,
+    locate_block,
+    wait_for_inputs,
+)
+from twilight_sgl.kernels.page_score.parts import product_rows, score_dtype
+from twilight_sgl.kernels.select.parts import choose_in_strata, count_candidates
+from twilight_sgl.kernels.select.reference import STRATUM_PAGES, budget_pages, forced_bound
 
 
 def budget_table(
@@ -28,8 +39,7 @@ def max_candidate_pages(
 ) -> int:
     """The most candidate pages that a sparse row of up to `columns` pages can get."""
     pages = budget_pages(torch.tensor([columns]), budget, page_size, least_tokens)
-    forced = -(-sink_tokens // page_size) + -(-max(recent_tokens, 1) // page_size) + 1
-    return min(columns, max(int(pages), forced))
+    return min(columns, max(int(pages), forced_bound(page_size, sink_tokens, recent_tokens)))
 
 
 @triton.jit
@@ -51,12 +61,14 @@ def zero_group(
 
 @triton.jit
 def _select_kernel(
-    scores_ptr,
+    q_ptr,
+    min_max_ptr,
     page_ids_ptr,
     seq_lens_ptr,
     sparse_ptr,
     budget_ptr,
-    q_ptr,
+    rank_keys_ptr,
+    middles_ptr,
     candidate_page_ids_ptr,
     positions_ptr,
     counts_ptr,
@@ -66,114 +78,177 @@ def _select_kernel(
     q_scale_sum_ptr,
     chunk_counts_ptr,
     out_ptr,
-    stride_scores,
+    batch,
     width,
     num_chunks,
+    stride_rank_keys,
+    stride_middles,
     stride_page_ids,
     stride_q_row,
     stride_q_head,
     stride_out_row,
     stride_out_head,
+    HAS_CODES: tl.constexpr,
+    HAS_CHUNKS: tl.constexpr,
+    CENTRED: tl.constexpr,
+    SLACK: tl.constexpr,
+    SCORE: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     PS: tl.constexpr,
     HK: tl.constexpr,
     G: tl.constexpr,
-    G_PAD: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    SCORE_ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
-    COLUMNS_PAD: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_CODES: tl.constexpr,
-    CENTRED: tl.constexpr,
-    HAS_CHUNKS: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
+    STRATA: tl.constexpr,
+    SCORE_PAGES: tl.constexpr,
+    SCORE_STAGES: tl.constexpr,
+    RANK_PAGES: tl.constexpr,
+    RANK_OTHERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
-    # With codes, one more program quantizes the group's queries while the others search.
-    pairs = tl.num_programs(0) // (PARTS + (1 if HAS_CODES else 0))
-    pair = tl.program_id(0) % pairs
-    part = tl.program_id(0) // pairs
-    row = pair // HK
-    head_kv = pair % HK
-    row64 = row.to(tl.int64)
-    length = tl.load(seq_lens_ptr + row)
-    is_sparse = tl.load(sparse_ptr + row) != 0
-    if HAS_CODES and part == PARTS:
-        if is_sparse & (length > 0):
-            quantize_query(
-                q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head,
-                q_codes_ptr + pair * G * 2 * D,
-                q_scale_sum_ptr + pair * G * 2,
-                stride_q_head,
-                G,
-                G_PAD,
-                D,
-                D_PAD,
-            )
-        return
-    if (length <= 0) & (part == 0):
-        out = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
-        zero_group(out, stride_out_head, G, G_PAD, DV, DV_PAD)
-    pages = (length + PS - 1) // PS
-    count = 0
-    tokens = tl.maximum(length, 0)
-    if is_sparse & (length > 0):
-        SLICE: tl.constexpr = COLUMNS_PAD // PARTS
-        position = part * SLICE + tl.arange(0, SLICE)
-        page = tl.load(page_ids_ptr + row64 * stride_page_ids + position, position < pages, other=0)
-        pair_scores_ptr = scores_ptr + pair.to(tl.int64) * stride_scores
-        if PARTS == 1:
-            chosen, count = choose_pages(
-                pair_scores_ptr, length, budget_ptr, SINK, RECENT, PS, COLUMNS_PAD
-            )
-            place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    rows = tl.arange(0, BATCH_PAD)
+    real = rows < batch
+    lengths = tl.load(seq_lens_ptr + rows, real, other=0)
+    sparse_rows = real & (tl.load(sparse_ptr + rows, real, other=0) != 0) & (lengths > 0)
+    _, _, items = count_candidates(tl.maximum(lengths, 1), budget_ptr, SINK, RECENT, PS)
+    # One more for each row sets it up.
+    items = tl.where(sparse_rows, (items + STRATA - 1) // STRATA, 0) + real.to(tl.int32)
+    ends = tl.cumsum(items, 0)
+    for item in range(tl.program_id(0), tl.sum(items, 0) * HK, tl.num_programs(0)):
+        row, head_kv, turn = locate_block(item, items, ends, HK)
+        row64 = row.to(tl.int64)
+        pair = row * HK + head_kv
+        pair64 = pair.to(tl.int64)
+        q_group_ptr = q_ptr + row64 * stride_q_row + head_kv * G * stride_q_head
+        length = tl.load(seq_lens_ptr + row)
+        is_sparse = (tl.load(sparse_ptr + row) != 0) & (length > 0)
+        pages, count, strata = count_candidates(tl.maximum(length, 1), budget_ptr, SINK, RECENT, PS)
+        if turn == 0:
+            tokens = tl.maximum(length, 0)
+            if is_sparse:
+                tokens = count * PS - (pages * PS - length)
+            else:
+                count = 0
+            tl.store(counts_ptr + pair, count)
+            tl.store(candidate_tokens_ptr + pair, tokens)
+            tl.store(kept_tokens_ptr + pair, tokens)
+            if HAS_CHUNKS:
+                chunk = tl.arange(0, CHUNKS_PAD)
+                tl.store(chunk_counts_ptr + pair * num_chunks + chunk, 0, chunk < num_chunks)
+            if length <= 0:
+                out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
+                zero_group(out_group_ptr, stride_out_head, G, G_ROWS, DV, DV_PAD)
+            if HAS_CODES and is_sparse:
+                store_digits(
+                    q_group_ptr,
+                    q_codes_ptr + pair64 * G * 2 * D,
+                    q_scale_sum_ptr + pair64 * G * 2,
+                    stride_q_head,
+                    G,
+                    G_ROWS,
+                    D // 2,
+                    HALF_PAD,
+                )
         else:
-            chosen, place, count = choose_slice(
-                pair_scores_ptr,
+            choose_in_strata(
+                q_group_ptr,
+                min_max_ptr,
+                page_ids_ptr + row64 * stride_page_ids,
+                rank_keys_ptr + pair64 * stride_rank_keys,
+                middles_ptr + pair64 * stride_middles,
+                candidate_page_ids_ptr + pair64 * width,
+                positions_ptr + pair64 * width,
+                head_kv,
                 length,
-                budget_ptr,
-                part * SLICE,
+                pages,
+                count,
+                strata,
+                (turn - 1) * STRATA,
+                stride_q_head,
+                CENTRED,
+                SLACK,
+                SCORE,
                 SINK,
                 RECENT,
                 PS,
-                COLUMNS_PAD,
-                SLICE,
+                HK,
+                G,
+                G_ROWS,
+                SCORE_ROWS,
+                D,
+                D_PAD,
+                STRATA,
+                SCORE_PAGES,
+                SCORE_STAGES,
+                RANK_PAGES,
+                RANK_OTHERS,
             )
-        tl.store(candidate_page_ids_ptr + pair.to(tl.int64) * width + place, page, chosen)
-        if CENTRED:
-            tl.store(positions_ptr + pair.to(tl.int64) * width + place, position, chosen)
-        tokens = count * PS - (pages * PS - length)
-    if part == 0:
-        if HAS_CHUNKS:
-            chunk = tl.arange(0, CHUNKS_PAD)
-            tl.store(chunk_counts_ptr + pair * num_chunks + chunk, 0, chunk < num_chunks)
-        tl.store(counts_ptr + pair, count)
-        tl.store(candidate_tokens_ptr + pair, tokens)
-        tl.store(kept_tokens_ptr + pair, tokens)
 
 
-def _tiling(columns_pad: int, pairs: int) -> tuple[int, int]:
-    """Programs that list a (request, KV head)'s candidates, and their warps."""
+def select_options(
+    q: torch.Tensor,
+    min_max: torch.Tensor,
+    middles: torch.Tensor | None,
+    *,
+    page_size: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    slack: float,
+) -> dict[str, object]:
+    """What kernels with `choose_in_strata` in them are compiled for."""
+    dim, heads_kv = q.shape[2], min_max.shape[1]
+    group = q.shape[1] // heads_kv
+    return {
+        "CENTRED": middles is not None,
+        "SLACK": slack,
+        "SCORE": score_dtype(q.dtype, min_max.dtype),
+        "SINK": sink_tokens,
+        "RECENT": max(recent_tokens, 1),
+        "PS": page_size,
+        "HK": heads_kv,
+        "G": group,
+        "G_ROWS": triton.next_power_of_2(group),
+        "SCORE_ROWS": product_rows(group, middles is not None),
+        "D": dim,
+        "D_PAD": triton.next_power_of_2(dim),
+        "RANK_PAGES": 16 if is_interpreted() else STRATUM_PAGES,
+    }
+
+
+def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int, int, int]:
+    """Strata of a program, pages scored at a time, stages, pages compared with, warps, programs.
+
+    The latter an SM.
+    """
     if is_interpreted():
-        return (2 if pairs <= 8 else 1), 4
-    if columns_pad > 4096:
-        return (8 if pairs <= 8 else 1), 16
-    return 1, 8 if columns_pad > (1024 if pairs <= 64 else 2048) else 4
+        return 2, 16, 1, 16, 4, 1
+    if page_bytes > 256:  # bounds of 16 bits, or many channels
+        return 2, (64 if page_bytes <= 512 else 32), 3, 16, 4, 4
+    if pages < 65536:
+        return 2, 128, 3, 32, 4, 4
+    return 2, 64, 3, 8 if page_bytes > 128 and pages >= 262144 else 16, 4, 4
 
 
 def select_pages(
-    scores: torch.Tensor,
+    q: torch.Tensor,
+    min_max: torch.Tensor,
     page_ids: torch.Tensor,
     seq_lens: torch.Tensor,
     sparse: torch.Tensor,
     budgets: torch.Tensor,
-    q: torch.Tensor,
+    rank_keys: torch.Tensor,
+    middles: torch.Tensor | None,
     candidate_page_ids: torch.Tensor,
-    positions: torch.Tensor | None,
+    positions: torch.Tensor,
     counts: torch.Tensor,
     candidate_tokens: torch.Tensor,
     kept_tokens: torch.Tensor,
@@ -185,77 +260,91 @@ def select_pages(
     page_size: int,
     sink_tokens: int,
     recent_tokens: int,
+    slack: float = 1.0,
 ) -> None:
     """Pick each KV head's best pages, as `reference.select_pages`, and prepare the row.
 
-    A few programs per request and KV head, and one more for its queries. Scores nearer to each
-    other than 2**-24 of their range may count as equal; of equal ones the earlier page goes first.
-    The kernel also quantizes the group's queries for the INT4 estimate and zeroes the output of
-    padded rows, which no later kernel looks at.
+    Full pages are scored by their bounds, see `page_score.reference.page_scores`; scores of a
+    stratum nearer to each other than 2**-17 of themselves may count as equal (less near where it
+    has more than STRATUM_PAGES pages), and of equal ones the earlier page goes first. The kernel
+    also quantizes the group's queries for the INT4 estimate and zeroes the output of padded rows,
+    which no later kernel looks at.
 
     Args:
-        scores: [B, HK, T] float32 from `page_scores`.
-        page_ids, seq_lens, sparse: see `DecodePlan`.
+        q: [B, HQ, D], last dimension contiguous.
+        min_max: [P, HK, 2, D] page bounds of one layer, in the dtype of the keys or float8.
+        page_ids: [B, T] int32; seq_lens: [B] int32; sparse: [B] bool: see `DecodePlan`.
         budgets: [T + 1] int32 from `budget_table`.
-        q: [B, HQ, D].
-        candidate_page_ids: [B, HK, C] int32, written: the candidates' physical pages in the order
-            of their tokens; the rest keeps what it held.
-        positions: [B, HK, C] int32, written: the same candidates' logical pages; None where nothing
-            reads them.
+        rank_keys: [B, HK, T] int32, written: what pages are ranked by, in the order of their
+            strata; the rest keeps what it held.
+        middles: [B, HK, T, G_ROWS] float32, G_ROWS being the next power of two of G: written for
+            full pages by logical page, the unscaled product of the group's query head g with the
+            middle of the page's bounds in column g; None for estimators other than `int4_centred`.
+        candidate_page_ids: [B, HK, C] int32, written: the candidates' physical pages by stratum,
+            in ascending order in each; the rest keeps what it held. positions: [B, HK, C] int32,
+            written: the same candidates' logical pages.
         counts: [B, HK] int32, written: candidate pages; 0 for rows that are not sparse.
         candidate_tokens: [B, HK] int32, written: tokens of them; all tokens of a row that is
             not sparse.
         kept_tokens: [B, HK] int32, written: the same; pruning then overwrites sparse rows'.
         q_codes: [B, HQ, 2, D] int8 and q_scale_sum: [B, HQ, 2] float32, written for sparse rows,
-            see `quantize_query`; None for the `exact` estimator.
+            see `store_digits`; None for the `exact` estimator.
         chunk_counts: [B, HK, chunks] int32, zeroed for `unite_kept`; None without pruning.
         out: [B, HQ, DV], zeroed for rows of length 0.
+        page_size: PS, tokens; slack: see `page_score.reference.page_scores`, compiled in.
     """
-    batch, heads_kv, columns = scores.shape
-    heads_q, dim = q.shape[1:]
-    group = heads_q // heads_kv
+    batch = q.shape[0]
+    strata, score_pages, stages, others, warps, programs = _tiling(
+        batch * min_max.shape[1] * page_ids.shape[1], 2 * q.shape[2] * min_max.element_size()
+    )
     num_chunks = 1 if chunk_counts is None else chunk_counts.shape[-1]
-    columns_pad = max(16, triton.next_power_of_2(columns))
-    parts, warps = _tiling(columns_pad, batch * heads_kv)
-    _select_kernel[(batch * heads_kv * (parts + (q_codes is not None)),)](
-        scores,
+    _select_kernel[(grid_programs(q.device, programs),)](
+        q,
+        min_max,
         page_ids,
         seq_lens,
         sparse,
         budgets,
-        q,
+        rank_keys,
+        rank_keys if middles is None else middles,
         candidate_page_ids,
         positions,
         counts,
         candidate_tokens,
         kept_tokens,
-        q_codes,
-        q_scale_sum,
-        chunk_counts,
+        q if q_codes is None else q_codes,
+        q if q_scale_sum is None else q_scale_sum,
+        counts if chunk_counts is None else chunk_counts,
         out,
-        scores.stride(1),
+        batch,
         candidate_page_ids.shape[-1],
         num_chunks,
+        rank_keys.stride(1),
+        0 if middles is None else middles.stride(1),
         page_ids.stride(0),
         q.stride(0),
         q.stride(1),
         out.stride(0),
         out.stride(1),
-        SINK=sink_tokens,
-        RECENT=max(recent_tokens, 1),
-        PS=page_size,
-        HK=heads_kv,
-        G=group,
-        G_PAD=triton.next_power_of_2(group),
-        D=dim,
-        D_PAD=triton.next_power_of_2(dim),
+        HAS_CODES=q_codes is not None,
+        HAS_CHUNKS=chunk_counts is not None,
+        HALF_PAD=triton.next_power_of_2(q.shape[2] // 2),
         DV=out.shape[-1],
         DV_PAD=triton.next_power_of_2(out.shape[-1]),
-        COLUMNS_PAD=columns_pad,
-        PARTS=parts,
-        HAS_CODES=q_codes is not None,
-        CENTRED=positions is not None,
-        HAS_CHUNKS=chunk_counts is not None,
+        BATCH_PAD=triton.next_power_of_2(batch),
         CHUNKS_PAD=triton.next_power_of_2(num_chunks),
+        STRATA=strata,
+        SCORE_PAGES=score_pages,
+        SCORE_STAGES=stages,
+        RANK_OTHERS=others,
+        **select_options(
+            q,
+            min_max,
+            middles,
+            page_size=page_size,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+            slack=slack,
+        ),
         **launch_options(warps),
     )

@@ -84,7 +84,7 @@ def keep_union(
         forced: [B, HK, N] bool from `forced_tokens`.
         sparse: [B] bool; a row that is not sparse keeps all its tokens.
     Returns:
-        kept_token_slots: [B, HK, K] int32 in ascending token position, 0 behind the last; K is
+        kept_token_slots: [B, HK, K] int32 in the order of the candidates, 0 behind the last; K is
             the largest count.
         kept_tokens: [B, HK] int32.
     """

@@ -11,7 +11,7 @@ from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
 from twilight_sgl.kernels.seal.reference import summarize
-from twilight_sgl.kernels.select.reference import select_pages
+from twilight_sgl.kernels.select.reference import forced_pages, num_strata, select_pages
 from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, kept_mass, top_p_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -199,10 +199,11 @@ def expected_output(case: Case, drawn: Drawn, positions: torch.Tensor) -> LayerO
 def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:
     """The last run's candidates are exactly the reference's for the scores it computed."""
     plan, size = drawn.plan, case.page_size
-    batch, columns = plan.page_ids.shape
-    scores = decode.scores[:batch, :, :columns]
+    columns = plan.page_ids.shape[1]
+    scores = scores_by_page(decode, drawn)
     full = torch.arange(columns, device=scores.device) < ((plan.seq_lens - 1) // size).unsqueeze(1)
-    scored = (full & plan.sparse.unsqueeze(1)).unsqueeze(1)
+    forced = forced_pages(plan.seq_lens, columns, size, case.sink_tokens, case.recent_tokens)
+    scored = (full & ~forced & plan.sparse.unsqueeze(1)).unsqueeze(1)
     reference = selectors.get(case.selector)(drawn.q, drawn.cache, plan.page_ids)
     if scored.any():
         wanted = torch.where(scored, reference, 0.0)
@@ -219,4 +220,38 @@ def check_selection(case: Case, drawn: Drawn, decode: TritonDecode) -> None:
         least_tokens=case.min_candidate_tokens,
     )
     got = chosen_positions(decode, drawn)[..., : expected.shape[-1]]
-    assert torch.equal(got, expected)
+    assert torch.equal(ascending(got), expected)
+
+
+def ascending(positions: torch.Tensor) -> torch.Tensor:
+    """Positions in ascending order, the -1 of none behind them."""
+    none = 1 << 30
+    ordered = positions.masked_fill(positions < 0, none).sort(-1).values
+    return ordered.masked_fill(ordered == none, -1)
+
+
+def scores_by_page(decode: TritonDecode, drawn: Drawn) -> torch.Tensor:
+    """[B, HK, T] by logical page what the last run ranked pages by, as scores.
+
+    The kernels keep integers in the order of the scores, by stratum, with a page's index in place
+    of the lowest bits.
+    """
+    plan, selection = drawn.plan, decode.selection
+    batch, columns = plan.page_ids.shape
+    pages = (plan.seq_lens + selection.page_size - 1) // selection.page_size
+    strata = num_strata(
+        pages,
+        decode.counts[:batch, 0],
+        page_size=selection.page_size,
+        sink_tokens=selection.sink_tokens,
+        recent_tokens=selection.recent_tokens,
+    )
+    by_page = torch.zeros_like(decode.rank_keys[:batch, :, :columns])
+    for row in range(batch):
+        count, parts = int(pages[row]), int(strata[row])
+        page = torch.arange(count, device=by_page.device)
+        order = ((page - count) % parts * columns + page).argsort()
+        low_bits = max(6, (-(-count // parts) - 1).bit_length())
+        keys = decode.rank_keys[row, :, :count] >> low_bits << low_bits
+        by_page[row][:, order] = torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys)
+    return by_page.view(torch.float32)

@@ -156,11 +156,13 @@ def test_every_layer_of_a_trace_is_checked_and_described(
     # The kernels and the reference agree on what is kept.
     union = sum(row["union_share"] for row in per_layer) / 3
     assert result["kept_share"] == pytest.approx(union, rel=0.02)
-    assert set(moved) == {"score", "select", "attend", "estimate", "top_p", "union"}
+    assert set(moved) == {"select", "attend", "estimate", "top_p", "union"}
     full_pages = 2 * 2 * ((shape.context - 1) // 16)
     bound_bytes = {"key": 2, "fp8": 1}[bounds]
     middle_bytes = 2 * 4 if selection.centred else 0  # of a group's two heads
-    assert moved["score"] == full_pages * (2 * 64 * bound_bytes + 4 + middle_bytes)
+    listed = round(result["candidate_share"] * shape.context) * 2 * 2 // 16
+    scored = full_pages * (2 * 64 * bound_bytes + 4 + middle_bytes)
+    assert moved["select"] == scored + listed * 12
 
 
 def test_dense_rows_move_what_they_attend_to(tmp_path: Path) -> None:

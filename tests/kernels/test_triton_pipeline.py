@@ -10,6 +10,7 @@ from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.estimate import triton as estimate_kernel
 from twilight_sgl.kernels.estimate.reference import estimate_logits
+from twilight_sgl.kernels.select import triton as select_kernel
 from twilight_sgl.kernels.top_p.reference import top_p_mask
 
 AWKWARD = (1, 15, 16, 17, 0, 33, 140)
@@ -66,6 +67,9 @@ CASES = [
     Case("budget-of-least-tokens", (300, 90, 33), budget=0.1, min_candidate_tokens=100),
     Case("half-bound", (300, 90, 17), 6, 2, 80, selector="half_bound"),
     Case("half-bound-fp8", (140, 17), selector="half_bound", bounds_dtype=torch.float8_e4m3fn),
+    Case("strata", (4600, 33, 2100), 2, 1, budget=0.2, sink_tokens=20, recent_tokens=40),
+    Case("strata-few-candidates", (4600,), 2, 1, budget=400),
+    Case("strata-ps64", (8400,), 2, 1, page_size=64, budget=0.4, dtype=torch.bfloat16),
     Case("budget-one-page", (140,), budget=0.001, sink_tokens=0, recent_tokens=0),
     Case("budget-all", (140, 33), budget=1.0),
     Case("forced-exceed-budget", (200,), budget=16, sink_tokens=40, recent_tokens=70),
@@ -117,7 +121,7 @@ def test_one_launch_equals_reference(case: Case) -> None:
 def check_pipeline(case: Case, *, one_launch: bool) -> None:
     drawn = draw(case)
     decode = decoder(case, drawn, one_launch=one_launch)
-    for buffer in (decode.scores, decode.middles, decode.logits, decode.out):
+    for buffer in (decode.middles, decode.logits, decode.out):
         if buffer is not None:
             buffer.fill_(float("nan"))
     got = run(case, drawn, decode)
@@ -153,7 +157,7 @@ def test_ties_go_to_the_earlier_page() -> None:
     assert positions[0, 0, :7].tolist() == [0, 1, 2, 3, 4, 5, 12]
 
 
-@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
+@pytest.mark.parametrize("one_launch", [False, True], ids=["launches", "one-launch"])
 @pytest.mark.parametrize("estimator", ["int4", "int4_centred"])
 def test_scores_that_are_not_finite_pick_valid_pages(estimator: str, one_launch: bool) -> None:
     case = Case("nan", (16 * 12 + 5,), budget=0.5, estimator=estimator)
@@ -186,7 +190,7 @@ def test_kept_mass_reaches_p_and_is_minimal_to_the_tolerance(p: float, steps: in
     assert ((weights * surely_needed).sum(-1) < p + 1e-6).all()
 
 
-@pytest.mark.parametrize("one_launch", [False, True], ids=["six-launches", "one-launch"])
+@pytest.mark.parametrize("one_launch", [False, True], ids=["launches", "one-launch"])
 @pytest.mark.parametrize("estimator", ["int4", "int4_centred"])
 def test_int4_estimate_equals_reference(estimator: str, one_launch: bool) -> None:
     offset = 9.0 if estimator == "int4_centred" else 0.0
@@ -233,6 +237,7 @@ def test_many_programs_share_out_the_candidates(
     pairs = len(case.lengths) * case.heads_kv
     for programs in (4 * pairs, 5 * pairs + 1, 40 * pairs):
         monkeypatch.setattr(estimate_kernel, "grid_programs", lambda *_, n=programs: n)
+        monkeypatch.setattr(select_kernel, "grid_programs", lambda *_, n=programs: n)
         check_pipeline(case, one_launch=False)
 
 

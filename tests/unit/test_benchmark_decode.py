@@ -272,6 +272,7 @@ def test_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(decode, "FIRST_TOKENS", 1)
     with StreamingServer() as dense, StreamingServer(sparse=True, wrong_from=4) as ours:
         status = benchmark(
             monkeypatch,
@@ -315,6 +316,25 @@ def test_a_run(
     assert [body["input_ids"] for body in dense.requests[:5]] == [
         body["input_ids"] for body in ours.requests[:5]
     ]
+
+
+def test_few_requests_are_asked_again_for_their_first_token(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "FIRST_TOKENS", 4)
+    with StreamingServer() as dense:
+        status = benchmark(
+            monkeypatch,
+            *("--model-path", model, "--text", model / "text", "--out", tmp_path),
+            *("--urls", f"dense={dense.url}", "--loads", "1x200,3x100"),
+            *("--output-tokens", "16", "--shared-prefix", "32"),
+        )
+    assert status == 0
+    one, three = json.loads((tmp_path / "decode.json").read_text())
+    for name in ("ttft_cold_ms", "ttft_prefix_ms", "ttft_cached_ms"):
+        assert (one[name]["samples"], three[name]["samples"]) == (4, 6)
+    assert dense.flushes == 2 * 4 + 2 * 2  # cold and prefix passes; the cached ones keep the cache
+    assert one["steady_tokens"] > 0
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["side by side", "one after another"])

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twilight_sgl.kernels.attend.reference import attend
-from twilight_sgl.kernels.select.reference import budget_pages, forced_pages, select_pages
+from twilight_sgl.kernels.select.reference import (
+    budget_pages,
+    forced_bound,
+    forced_pages,
+    num_strata,
+    select_pages,
+)
 from twilight_sgl.kernels.top_p.reference import (
     BISECTION_STEPS,
     forced_tokens,
@@ -153,6 +159,62 @@ def test_rows_and_heads_choose_for_themselves() -> None:
         [[-1, -1, -1], [-1, -1, -1]],
     ]
     assert counts.tolist() == [[3, 3], [2, 2], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("pages", "candidates", "strata"),
+    [(1, 1, 1), (64, 64, 1), (65, 65, 2), (1792, 430, 28), (8192, 2048, 128), (8192, 64, 7)],
+)
+def test_strata_are_small_unless_candidates_are_few(
+    pages: int, candidates: int, strata: int
+) -> None:
+    found = num_strata(
+        torch.tensor([pages]),
+        torch.tensor([candidates]),
+        page_size=PS,
+        sink_tokens=PS,
+        recent_tokens=3 * PS,
+    )
+    assert found.tolist() == [strata]
+
+
+@drawn
+@given(
+    seed=seeds,
+    length=st.integers(1, 500 * PS),
+    budget=st.sampled_from([0.01, 0.2, 0.5, 1.0, 40 * PS]),
+    forced_tokens=st.sampled_from([(0, 0), (1, 3 * PS + 1), (20 * PS, 5)]),
+)
+def test_each_stratum_keeps_its_best_pages(
+    seed: int, length: int, budget: float, forced_tokens: tuple[int, int]
+) -> None:
+    sink, recent = forced_tokens
+    pages = -(-length // PS)
+    scores = random(seed, 1, 1, pages).round(decimals=1)  # with ties
+    options = {"page_size": PS, "sink_tokens": sink, "recent_tokens": recent}
+    lengths = torch.tensor([length])
+    positions, counts = select_pages(
+        scores, lengths, torch.tensor([True]), budget=budget, **options
+    )
+    chosen = positions[0, 0].tolist()
+    count = int(counts[0, 0])
+    forced = forced_pages(lengths, pages, PS, sink, recent)[0]
+    assert (
+        count
+        == len(chosen)
+        == max(int(budget_pages(torch.tensor([pages]), budget, PS)), int(forced.sum()))
+    )
+    assert chosen == sorted(set(chosen))
+    assert forced.sum() <= forced_bound(PS, sink, recent)
+    assert set(forced.nonzero().flatten().tolist()) <= set(chosen)
+    strata = int(num_strata(torch.tensor([pages]), torch.tensor([count]), **options))
+    ranked = scores[0, 0].masked_fill(forced, 1e9).tolist()
+    for stratum in range(strata):
+        own = [page for page in range(pages) if (page - pages) % strata == stratum]
+        best = sorted(own, key=lambda page: (-ranked[page], page))
+        kept = [page for page in chosen if page in own]
+        assert abs(len(kept) - count / strata) < 1
+        assert kept == sorted(best[: len(kept)])
 
 
 # Top-p

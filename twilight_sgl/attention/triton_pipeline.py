@@ -9,10 +9,9 @@ from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.attention.selectors.boxes import SLACK
 from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
-from twilight_sgl.kernels.decode.triton import MOST_COLUMNS, decode_layer
+from twilight_sgl.kernels.decode.triton import decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
-from twilight_sgl.kernels.page_score.triton import page_scores
 from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
 from twilight_sgl.kernels.top_p.triton import (
     BISECTION_STEPS,
@@ -149,8 +148,9 @@ class TritonDecode:
             return torch.empty(shape, dtype=dtype, device=device)
 
         pairs = (max_batch, heads_kv)
-        self.scores = empty(*pairs, self.columns, dtype=torch.float32)
+        self.rank_keys = empty(*pairs, self.columns, dtype=torch.int32)
         self.candidate_page_ids = empty(*pairs, width, dtype=torch.int32)
+        self.positions = empty(*pairs, width, dtype=torch.int32)
         self.counts = empty(*pairs, dtype=torch.int32)
         self.candidate_tokens = empty(*pairs, dtype=torch.int32)
         self.kept_tokens = empty(*pairs, dtype=torch.int32)
@@ -160,8 +160,8 @@ class TritonDecode:
         self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
         self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
         self.masses = torch.ones((max_batch, heads_q), device=device)
-        self.logits = self.thresholds = self.q_codes = self.q_scale_sum = None
-        self.kept_token_slots = self.chunk_counts = self.middles = self.positions = None
+        self.logits = self.thresholds = self.q_codes = self.q_scale_sum = self.middles = None
+        self.kept_token_slots = self.chunk_counts = None
         if prune:
             capacity = width * page_size
             self.kept_token_slots = empty(*pairs, capacity, dtype=torch.int32)
@@ -174,7 +174,6 @@ class TritonDecode:
         if self._use_codes and selection.centred:
             group_rows = triton.next_power_of_2(heads_q // heads_kv)
             self.middles = empty(*pairs, self.columns, group_rows, dtype=torch.float32)
-            self.positions = empty(*pairs, width, dtype=torch.int32)
 
     def run(
         self,
@@ -224,7 +223,7 @@ class TritonDecode:
 
     def _runs_in_one_launch(self, batch: int) -> bool:
         """Whether a batch of this size takes `decode_layer`."""
-        if not self.prune or self.columns > MOST_COLUMNS:
+        if not self.prune:
             return False
         if self.one_launch is not None:
             return self.one_launch
@@ -253,9 +252,9 @@ class TritonDecode:
             )
         selection = self.selection
         columns = plan.page_ids.shape[-1]
-        scores = self.scores[:batch, :, :columns]
+        rank_keys = self.rank_keys[:batch, :, :columns]
         middles = None if self.middles is None else self.middles[:batch, :, :columns]
-        positions = None if self.positions is None else self.positions[:batch]
+        positions = self.positions[:batch]
         page_counts = self.counts[:batch]
         candidate_page_ids = self.candidate_page_ids[:batch]
         totals = (self.candidate_tokens, self.kept_tokens) if counts is None else counts
@@ -283,15 +282,13 @@ class TritonDecode:
                 plan.sparse,
                 plan.p,
                 self.budgets,
-                scores,
+                rank_keys,
                 middles,
                 candidate_page_ids,
                 positions,
                 page_counts,
                 candidate_tokens,
                 kept_tokens,
-                q_codes,
-                q_scale_sum,
                 logits,
                 thresholds,
                 kept_mass,
@@ -307,24 +304,15 @@ class TritonDecode:
                 sinks=sinks,
             )
             return launches
-        launches["score"] = lambda: page_scores(
+        launches["select"] = lambda: select_pages(
             q,
             cache.min_max,
             plan.page_ids,
             plan.seq_lens,
             plan.sparse,
-            scores,
-            middles,
-            page_size=selection.page_size,
-            slack=self.slack,
-        )
-        launches["select"] = lambda: select_pages(
-            scores,
-            plan.page_ids,
-            plan.seq_lens,
-            plan.sparse,
             self.budgets,
-            q,
+            rank_keys,
+            middles,
             candidate_page_ids,
             positions,
             page_counts,
@@ -337,6 +325,7 @@ class TritonDecode:
             page_size=selection.page_size,
             sink_tokens=selection.sink_tokens,
             recent_tokens=selection.recent_tokens,
+            slack=self.slack,
         )
         if logits is not None and thresholds is not None and chunk_counts is not None:
             launches["estimate"] = lambda: estimate_logits(
@@ -369,6 +358,7 @@ class TritonDecode:
                 thresholds,
                 plan.seq_lens,
                 candidate_page_ids,
+                positions,
                 page_counts,
                 candidate_tokens,
                 lists,

@@ -46,8 +46,8 @@ def _bytes_by_stage(
         middle_bytes = decode.middles.shape[-1] * decode.middles.element_size()
     logit_bytes = 0 if decode.logits is None else decode.logits.element_size()
     moved = {
-        "score": pairs * (2 * shape.dim * cache.min_max.element_size() + 4 + middle_bytes),
-        "select": pairs * 4 + candidates // shape.page_size * 12,
+        "select": pairs * (2 * shape.dim * cache.min_max.element_size() + 4 + middle_bytes)
+        + candidates // shape.page_size * 12,
         "attend": int(decode.kept_tokens[:batch].sum()) * 2 * shape.dim * key_bytes,
     }
     if logit_bytes:

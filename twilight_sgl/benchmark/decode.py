@@ -42,6 +42,7 @@ from twilight_sgl.benchmark.servers import (
 )
 from twilight_sgl.benchmark.streaming import (
     MeasurementError,
+    Stream,
     flush_cache,
     generate,
     open_session,
@@ -55,6 +56,7 @@ from twilight_sgl.errors import TwilightError
 SLACK = 4
 CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
 WARM_UP_TOKENS = 8
+FIRST_TOKENS = 16  # samples of the time to first token that a load gets at least
 ENDING_SECONDS = 5.0  # from a broken connection to the end of the process, if that is why
 
 __all__ = ["add_arguments", "main"]
@@ -107,6 +109,25 @@ class Benchmark:
         prompts, interval = self.prompts[load], self.interval(load)
         tokens, prefix_tokens = self.args.output_tokens, self.args.shared_prefix
         cold, prefix = {}, {}
+        repeats: dict[str, dict[str, list[Stream]]] = {server.name: {} for server in servers}
+        more = -(-FIRST_TOKENS // load.requests) - 1
+
+        async def first_tokens(server: Server, cached: list[list[int]] | None) -> list[Stream]:
+            """Answers of one token, with nothing but `cached` cached; None leaves the cache."""
+            if cached is not None:
+                await _ask(server, flush_cache(session, server.url))
+            if cached:
+                await _ask(server, generate(session, server.url, cached, max_tokens=1))
+            return await _ask(server, generate(session, server.url, prompts, max_tokens=1))
+
+        async def repeat(name: str, cached: list[list[int]] | None) -> None:
+            for _ in range(more):
+                for server in servers:
+                    answers = await first_tokens(server, cached)
+                    repeats[server.name].setdefault(name, []).extend(answers)
+
+        progress.set_description(f"{load.name}, first tokens")
+        await repeat("cold", [])
         for server in servers:
             progress.set_description(f"{load.name} {server.name}, cold")
             await _ask(server, flush_cache(session, server.url))
@@ -115,14 +136,13 @@ class Benchmark:
             )
             cold[server.name] = await _ask(server, answer)
             progress.update()
-        for server in servers if prefix_tokens else ():
-            progress.set_description(f"{load.name} {server.name}, prefix cached")
-            await _ask(server, flush_cache(session, server.url))
+        if prefix_tokens:
             shared = [prompts[0][:prefix_tokens]]
-            await _ask(server, generate(session, server.url, shared, max_tokens=1))
-            answer = generate(session, server.url, prompts, max_tokens=1)
-            prefix[server.name] = await _ask(server, answer)
-            progress.update()
+            await repeat("prefix", shared)
+            for server in servers:
+                progress.set_description(f"{load.name} {server.name}, prefix cached")
+                prefix[server.name] = await first_tokens(server, shared)
+                progress.update()
         for server in servers:
             progress.set_description(f"{load.name} {server.name}, timed")
             before = await _ask(server, server_info(session, server.url))
@@ -138,9 +158,19 @@ class Benchmark:
             after = await _ask(server, server_info(session, server.url))
             name = server.name
             self.results.append(
-                Measured(name, load, cold[name], prefix.get(name), timed, before, after)
+                Measured(
+                    name,
+                    load,
+                    cold[name],
+                    prefix.get(name),
+                    timed,
+                    before,
+                    after,
+                    repeats[name],
+                )
             )
             progress.update()
+        await repeat("timed", None)
 
 
 async def _ask(server: Server, answer: Awaitable[Answer]) -> Answer:

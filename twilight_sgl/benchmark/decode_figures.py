@@ -3,7 +3,7 @@
 import itertools
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class Measured:
         prefix: with only the shared prefix cached, if there is one.
         timed: with the prompts cached.
         before, after: `/server_info` around the timed pass.
+        repeats: further answers of one token to what `cold`, `prefix` and `timed` were asked, by
+            those names: more samples of the time to first token where requests are few.
     """
 
     backend: str
@@ -35,6 +37,12 @@ class Measured:
     timed: list[Stream]
     before: dict[str, Any]
     after: dict[str, Any]
+    repeats: dict[str, list[Stream]] = field(default_factory=dict)
+
+    def first_token_ms(self, name: str) -> dict[str, float]:
+        """Percentiles of milliseconds to first token of `cold`, `prefix` or `timed`."""
+        streams = [*getattr(self, name), *self.repeats.get(name, ())]
+        return percentiles([stream.first_token_s for stream in streams])
 
 
 def percentiles(values: Sequence[float], weights: Sequence[int] | None = None) -> dict[str, float]:
@@ -145,8 +153,8 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "requests": load.requests,
                 "prompt_tokens": load.prompt_tokens,
                 "output_tokens": output_tokens,
-                "ttft_cold_ms": percentiles([stream.first_token_s for stream in result.cold]),
-                "ttft_cached_ms": percentiles([stream.first_token_s for stream in result.timed]),
+                "ttft_cold_ms": result.first_token_ms("cold"),
+                "ttft_cached_ms": result.first_token_ms("timed"),
                 **speed,
                 "tokens_per_s_by_start": rates[key],
                 "throughput_ratio": statistics.median(rates[key]) / base,
@@ -159,8 +167,7 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "twilight": states[0]["config"] if states else None,
             }
             if result.prefix is not None:
-                ttft = percentiles([stream.first_token_s for stream in result.prefix])
-                row["ttft_prefix_ms"] = ttft
+                row["ttft_prefix_ms"] = result.first_token_ms("prefix")
             rows.append(row)
     return rows
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 COLOURS = {
-    "score": "#4c72b0",
     "select": "#55a868",
     "estimate": "#c44e52",
     "top_p": "#8172b3",
