@@ -48,7 +48,9 @@ def _dependent_launches() -> bool:
     )
 
 
-def launch_options(num_warps: int, num_stages: int | None = None) -> dict[str, object]:
+def launch_options(
+    num_warps: int, num_stages: int | None = None, max_registers: int | None = None
+) -> dict[str, object]:
     """Compile and launch options of a pipeline kernel.
 
     Where the GPU can, kernels are launched as programmatic dependents: the next one's blocks
@@ -57,6 +59,8 @@ def launch_options(num_warps: int, num_stages: int | None = None) -> dict[str, o
     options: dict[str, object] = {"num_warps": num_warps, "PDL": _dependent_launches()}
     if num_stages is not None:
         options["num_stages"] = num_stages
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     if _dependent_launches():
         options["launch_pdl"] = True
     return options

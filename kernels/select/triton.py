@@ -4,6 +4,8 @@ A program takes some strata of a request's pages for one KV head and waits for n
 scores them by is in `page_score`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -224,18 +226,26 @@ def select_options(
     }
 
 
-def _tiling(pages: int, page_bytes: int) -> tuple[int, int, int, int, int, int]:
-    """Strata of a program, pages scored at a time, stages, pages compared with, warps, programs.
+class _Tiling(NamedTuple):
+    strata: int  # of a program
+    score_pages: int
+    stages: int
+    rank_others: int
+    warps: int
+    programs: int  # an SM
+    max_registers: int | None = None
 
-    The latter an SM.
-    """
+
+def _tiling(pages: int, page_bytes: int) -> _Tiling:
     if is_interpreted():
-        return 2, 16, 1, 16, 4, 1
+        return _Tiling(2, 16, 1, 16, 4, 1)
     if page_bytes > 256:  # bounds of 16 bits, or many channels
-        return 2, (64 if page_bytes <= 512 else 32), 3, 16, 4, 4
+        return _Tiling(2, 64 if page_bytes <= 512 else 32, 3, 16, 4, 4)
     if pages < 65536:
-        return 2, 128, 3, 32, 4, 4
-    return 2, 64, 3, 8 if page_bytes > 128 and pages >= 262144 else 16, 4, 4
+        return _Tiling(2, 128, 3, 32, 4, 4)
+    if page_bytes > 128 and pages < 262144:
+        return _Tiling(1, 64, 3, 8, 2, 8)
+    return _Tiling(2, 64, 3, 8, 2, 8, 128)
 
 
 def select_pages(
@@ -294,11 +304,11 @@ def select_pages(
         page_size: PS, tokens; slack: see `page_score.reference.page_scores`, compiled in.
     """
     batch = q.shape[0]
-    strata, score_pages, stages, others, warps, programs = _tiling(
+    tiling = _tiling(
         batch * min_max.shape[1] * page_ids.shape[1], 2 * q.shape[2] * min_max.element_size()
     )
     num_chunks = 1 if chunk_counts is None else chunk_counts.shape[-1]
-    _select_kernel[(grid_programs(q.device, programs),)](
+    _select_kernel[(grid_programs(q.device, tiling.programs),)](
         q,
         min_max,
         page_ids,
@@ -333,10 +343,10 @@ def select_pages(
         DV_PAD=triton.next_power_of_2(out.shape[-1]),
         BATCH_PAD=triton.next_power_of_2(batch),
         CHUNKS_PAD=triton.next_power_of_2(num_chunks),
-        STRATA=strata,
-        SCORE_PAGES=score_pages,
-        SCORE_STAGES=stages,
-        RANK_OTHERS=others,
+        STRATA=tiling.strata,
+        SCORE_PAGES=tiling.score_pages,
+        SCORE_STAGES=tiling.stages,
+        RANK_OTHERS=tiling.rank_others,
         **select_options(
             q,
             min_max,
@@ -346,5 +356,5 @@ def select_pages(
             recent_tokens=recent_tokens,
             slack=slack,
         ),
-        **launch_options(warps),
+        **launch_options(tiling.warps, max_registers=tiling.max_registers),
     )
