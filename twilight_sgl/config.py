@@ -41,7 +41,7 @@ class TwilightConfig:
     )
     selector: str = _knob("half_bound", "algorithm that names candidate pages")
     selector_budget: float = _knob(
-        0.24, "candidates (B0): a fraction of the context if at most 1, else tokens"
+        0.2, "candidates (B0): a fraction of the context if at most 1, else tokens"
     )
     min_candidate_tokens: int = _knob(
         2048, "a fraction of the context comes to at least so many candidates; 0: to itself"
@@ -68,7 +68,7 @@ class TwilightConfig:
         2048, "a request shorter than this attends to everything (it costs less than selecting)"
     )
     min_step_mb: int = _knob(
-        96,
+        128,
         "on a GPU, a step whose requests of that length hold fewer MB of KV cache a layer than "
         "this attends to everything (dense attention is faster there); 0: none does",
     )

@@ -226,7 +226,9 @@ def select_options(
     }
 
 
-class _Tiling(NamedTuple):
+class Tiling(NamedTuple):
+    """How work is laid over programs; what it finds is the same."""
+
     strata: int  # of a program
     score_pages: int
     stages: int
@@ -236,16 +238,16 @@ class _Tiling(NamedTuple):
     max_registers: int | None = None
 
 
-def _tiling(pages: int, page_bytes: int) -> _Tiling:
+def _tiling(pages: int, page_bytes: int) -> Tiling:
     if is_interpreted():
-        return _Tiling(2, 16, 1, 16, 4, 1)
+        return Tiling(2, 16, 1, 16, 4, 1)
     if page_bytes > 256:  # bounds of 16 bits, or many channels
-        return _Tiling(2, 64 if page_bytes <= 512 else 32, 3, 16, 4, 4)
+        return Tiling(2, 64 if page_bytes <= 512 else 32, 3, 16, 4, 4)
     if pages < 65536:
-        return _Tiling(2, 128, 3, 32, 4, 4)
+        return Tiling(2, 128, 3, 32, 4, 4)
     if page_bytes > 128 and pages < 262144:
-        return _Tiling(1, 64, 3, 8, 2, 8)
-    return _Tiling(2, 64, 3, 8, 2, 8, 128)
+        return Tiling(1, 64, 3, 8, 2, 8)
+    return Tiling(2, 64, 3, 8, 2, 8, 128)
 
 
 def select_pages(

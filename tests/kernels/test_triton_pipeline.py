@@ -241,6 +241,16 @@ def test_many_programs_share_out_the_candidates(
         check_pipeline(case, one_launch=False)
 
 
+@pytest.mark.parametrize(
+    "tiling", [select_kernel.Tiling(1, 32, 1, 8, 4, 1), select_kernel.Tiling(4, 16, 1, 16, 4, 1)]
+)
+def test_strata_are_chosen_alike_however_many_a_program_takes(
+    tiling: select_kernel.Tiling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_kernel, "_tiling", lambda *_: tiling)
+    check_pipeline(Case("tiling", (2100, 33), 2, 1, budget=0.3), one_launch=False)
+
+
 def test_unsupported_shapes_say_why() -> None:
     case = Case("bad", (40,), dim=72)
     drawn = draw(case)
