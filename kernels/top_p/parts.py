@@ -39,6 +39,7 @@ def _load_logits(row_ptr, token, tokens):
 
 @triton.jit
 def threshold_in_registers(row_ptr, tokens, p, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """The logit from which on a row of at most BLOCK logits holds mass p, and what it holds."""
     offset = tl.arange(0, BLOCK)
     logits = _load_logits(row_ptr, offset, tokens)
     top = tl.max(logits, 0)
