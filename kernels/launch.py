@@ -48,17 +48,14 @@ def _dependent_launches() -> bool:
     )
 
 
-def launch_options(
-    num_warps: int, num_stages: int | None = None, max_registers: int | None = None
-) -> dict[str, object]:
+def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str, object]:
     """Compile and launch options of a pipeline kernel.
 
     Where the GPU can, kernels are launched as programmatic dependents: the next one's blocks
-    start while the last of this one's run, and `wait_for_inputs` holds them back.
+    start while the last of this one's run, and `wait_for_inputs` holds them back. Fewer registers
+    a thread than the compiler would take let more programs run at once.
     """
     options: dict[str, object] = {"num_warps": num_warps, "PDL": _dependent_launches()}
-    if num_stages is not None:
-        options["num_stages"] = num_stages
     if max_registers is not None:
         options["maxnreg"] = max_registers
     if _dependent_launches():

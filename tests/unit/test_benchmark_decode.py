@@ -1,4 +1,4 @@
-"""The decode benchmark: its choices, and runs against servers that stream scripted tokens."""
+"""The decode benchmark: its processes, and runs against servers that stream scripted tokens."""
 
 import contextlib
 import json
@@ -18,98 +18,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from twilight_sgl.benchmark import __main__ as command
 from twilight_sgl.benchmark import decode
-from twilight_sgl.benchmark.decode_options import check_loads, choose_backends, parse_urls
-from twilight_sgl.benchmark.prompts import Load, parse_loads
 from twilight_sgl.benchmark.servers import (
     Server,
-    fit_at_once,
-    pool_tokens,
     running,
-    server_flags,
 )
 from twilight_sgl.benchmark.streaming import MeasurementError
 from twilight_sgl.errors import TwilightError
-
-LOAD = Load("2x1k", 2, 1024)
-
-# Choices
-
-
-def test_backends() -> None:
-    assert choose_backends(None, {}, "cuda") == ["fa3", "quest", "twilight"]
-    assert choose_backends(None, {}, "cpu") == ["torch_native", "quest", "twilight"]
-    assert choose_backends(None, {"a": "", "b": ""}, "cpu") == ["a", "b"]
-    assert choose_backends("triton, twilight", {"twilight": ""}, "cpu") == ["triton", "twilight"]
-    for wrong in ("", "fa3,fa3"):
-        with pytest.raises(TwilightError, match="--backends"):
-            choose_backends(wrong, {}, "cpu")
-    with pytest.raises(TwilightError, match="--urls names dense"):
-        choose_backends("twilight", {"dense": ""}, "cpu")
-
-
-def test_urls() -> None:
-    assert parse_urls(["a=http://h:1/", "b=https://h"]) == {"a": "http://h:1", "b": "https://h"}
-    for wrong in ("http://h:1", "=http://h", "a=h:1"):
-        with pytest.raises(TwilightError, match="--urls"):
-            parse_urls([wrong])
-
-
-def test_flags_of_each_backend() -> None:
-    def flags(name: str, device: str = "cuda") -> str:
-        return " ".join(
-            server_flags(
-                name,
-                model="m",
-                p=0.9,
-                dense="fa3",
-                device=device,
-                loads=parse_loads("1x28k,64x1k"),
-                max_total_tokens=4096,
-                extra=["--page-size", "32"],
-            )
-        )
-
-    common = "--model-path m --page-size 16 --sleep-on-idle "
-    assert flags("fa3").startswith(
-        f"{common}--attention-backend fa3 --decode-attention-backend fa3 "
-    )
-    for name, pruner in (("twilight", "top_p"), ("quest", "none --twilight-selector quest")):
-        assert flags(name).startswith(
-            f"{common}--decode-attention-backend twilight --twilight-p 0.9 --twilight-pruner "
-            f"{pruner} --attention-backend fa3 --cuda-graph-max-bs-decode 64 "
-        )
-    assert flags("quest").endswith("--max-total-tokens 4096 --page-size 32")
-    assert "graph" not in flags("quest", "cpu")
-
-
-def test_servers_fit_if_pools_and_weights_do(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=896,
-        num_hidden_layers=24,
-        num_key_value_heads=2,
-        num_attention_heads=14,
-        head_dim=64,
-    )
-    tokens = pool_tokens(parse_loads("32x28k,1x4k"), 1024)
-    assert 32 * (28672 + 1024) < tokens < 1.02 * 32 * (28672 + 1024)
-    assert tokens % 16 == 0
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    pools = [(name, tokens) for name in ("fa3", "quest", "twilight")]
-    assert not fit_at_once(pools, tmp_path, config, "cuda", 80 << 30)  # no weights there
-    (tmp_path / "model.safetensors").write_bytes(b"0" * 1000)
-    # 12 KiB of cache a token each, and 2.4 KiB of summaries in two: 11.6 and 13.9 GiB
-    assert fit_at_once(pools, tmp_path, config, "cuda", 60 << 30)
-    assert not fit_at_once(pools, tmp_path, config, "cuda", 50 << 30)
-    assert fit_at_once(pools[:1], tmp_path, config, "cuda", 20 << 30)
-
-
-def test_loads_beyond_the_context_are_refused() -> None:
-    check_loads([LOAD], 256, 1023, 1024 + 257)
-    with pytest.raises(TwilightError, match=r"--loads 2x1k: 1024 \+ 256 .*context of 1280"):
-        check_loads([LOAD], 256, 0, 1280)
-    with pytest.raises(TwilightError, match=r"--shared-prefix 1024"):
-        check_loads([LOAD], 256, 1024, 9999)
-
 
 # Processes
 
@@ -272,14 +186,13 @@ def test_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(decode, "FIRST_TOKENS", 1)
     with StreamingServer() as dense, StreamingServer(sparse=True, wrong_from=4) as ours:
         status = benchmark(
             monkeypatch,
             *("--model-path", model, "--text", model / "text", "--out", tmp_path),
             *("--urls", f"dense={dense.url}", f"twilight={ours.url}"),
             *("--loads", "1x200,3x100", "--output-tokens", "16", "--shared-prefix", "32"),
-            *("--commit", "abc"),
+            *("--commit", "abc", "--first-tokens", "1"),
         )
     assert status == 0
     table = capsys.readouterr().out
@@ -321,13 +234,12 @@ def test_a_run(
 def test_few_requests_are_asked_again_for_their_first_token(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "FIRST_TOKENS", 4)
     with StreamingServer() as dense:
         status = benchmark(
             monkeypatch,
             *("--model-path", model, "--text", model / "text", "--out", tmp_path),
             *("--urls", f"dense={dense.url}", "--loads", "1x200,3x100"),
-            *("--output-tokens", "16", "--shared-prefix", "32"),
+            *("--output-tokens", "16", "--shared-prefix", "32", "--first-tokens", "4"),
         )
     assert status == 0
     one, three = json.loads((tmp_path / "decode.json").read_text())

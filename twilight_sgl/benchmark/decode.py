@@ -17,6 +17,7 @@ from tqdm import tqdm
 from twilight_sgl.benchmark.decode_figures import Measured, build_rows, format_table, plot
 from twilight_sgl.benchmark.decode_options import (
     add_arguments,
+    check_first_tokens,
     check_loads,
     check_server,
     check_starts,
@@ -56,7 +57,6 @@ from twilight_sgl.errors import TwilightError
 SLACK = 4
 CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
 WARM_UP_TOKENS = 8
-FIRST_TOKENS = 16  # samples of the time to first token that a load gets at least
 ENDING_SECONDS = 5.0  # from a broken connection to the end of the process, if that is why
 
 __all__ = ["add_arguments", "main"]
@@ -79,6 +79,10 @@ class Benchmark:
         """Output tokens that a request of the timed pass may take."""
         room = self.context_tokens - load.prompt_tokens - 1
         return min(SLACK * self.args.output_tokens, room)
+
+    def repeats(self, load: Load) -> int:
+        """How many times more a load is asked for first tokens, in each state of the cache."""
+        return -(-self.args.first_tokens // load.requests) - 1
 
     def interval(self, load: Load) -> int:
         """Tokens a chunk."""
@@ -110,7 +114,7 @@ class Benchmark:
         tokens, prefix_tokens = self.args.output_tokens, self.args.shared_prefix
         cold, prefix = {}, {}
         repeats: dict[str, dict[str, list[Stream]]] = {server.name: {} for server in servers}
-        more = -(-FIRST_TOKENS // load.requests) - 1
+        more = self.repeats(load)
 
         async def first_tokens(server: Server, cached: list[list[int]] | None) -> list[Stream]:
             """Answers of one token, with nothing but `cached` cached; None leaves the cache."""
@@ -121,12 +125,12 @@ class Benchmark:
             return await _ask(server, generate(session, server.url, prompts, max_tokens=1))
 
         async def repeat(name: str, cached: list[list[int]] | None) -> None:
-            for _ in range(more):
-                for server in servers:
-                    answers = await first_tokens(server, cached)
-                    repeats[server.name].setdefault(name, []).extend(answers)
+            for _, server in itertools.product(range(more), servers):
+                progress.set_description(f"{load.name} {server.name}, first tokens, {name}")
+                answers = await first_tokens(server, cached)
+                repeats[server.name].setdefault(name, []).extend(answers)
+                progress.update()
 
-        progress.set_description(f"{load.name}, first tokens")
         await repeat("cold", [])
         for server in servers:
             progress.set_description(f"{load.name} {server.name}, cold")
@@ -306,6 +310,7 @@ def _run(args: argparse.Namespace) -> None:
     urls = parse_urls(args.urls)
     names = choose_backends(args.backends, urls, device)
     check_starts(args.starts, urls)
+    check_first_tokens(args.first_tokens)
     model = args.model_path
     info = _first_info(urls) if urls else {}
     if model is None and urls:
@@ -319,7 +324,8 @@ def _run(args: argparse.Namespace) -> None:
     benchmark = Benchmark(args, _make_prompts(args, tokenizer), context)
     most = max(map(benchmark.most_tokens, args.loads))
     groups = _groups(args, names, urls, model, config, most, device)
-    passes = len(names) * len(args.loads) * (3 if args.shared_prefix else 2)
+    states = 3 if args.shared_prefix else 2
+    passes = len(names) * states * sum(1 + benchmark.repeats(load) for load in args.loads)
     back = [dict(reversed(group.items())) for group in reversed(groups)]
     for group in itertools.chain.from_iterable(
         back if start % 2 else groups for start in range(args.starts)

@@ -27,6 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output-tokens", type=parse_tokens, default="256", metavar="TOKENS")
     parser.add_argument(
+        "--first-tokens",
+        type=int,
+        default=16,
+        metavar="SAMPLES",
+        help="samples of the time to first token that a load gets at least: one of fewer requests "
+        "is asked again for one token each (default: %(default)s)",
+    )
+    parser.add_argument(
         "--shared-prefix",
         type=parse_tokens,
         default=0,
@@ -116,6 +124,12 @@ def check_starts(starts: int, urls: dict[str, str]) -> None:
         raise TwilightError(
             f"--starts {starts} starts servers again, those of --urls run already: drop one of them"
         )
+
+
+def check_first_tokens(samples: int) -> None:
+    """Raise TwilightError for a number of samples that cannot be."""
+    if samples < 1:
+        raise TwilightError(f"--first-tokens {samples}: pass 1, as many as requests, or more")
 
 
 def check_loads(
