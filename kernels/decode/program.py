@@ -146,7 +146,7 @@ def decode_kernel(
     UNITE_TOKENS: tl.constexpr,
     ATTEND_TOKENS: tl.constexpr,
     ATTEND_STAGES: tl.constexpr,
-    PACKED_ASM: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -260,7 +260,7 @@ def decode_kernel(
             PS,
             ESTIMATE_TOKENS,
             ESTIMATE_STAGES,
-            PACKED_ASM,
+            ASM,
         )
         _meet(arrivals_ptr, parts, parts)
 
@@ -268,7 +268,7 @@ def decode_kernel(
         for first in range(part * HEADS, G, parts * HEADS):
             member = first + tl.arange(0, HEADS)
             rows_ptr = pair_logits_ptr + tl.minimum(member, G - 1) * (width * PS)
-            found, share = find_thresholds(rows_ptr, tokens, mass, STEPS, HEADS, CAPACITY)
+            found, share = find_thresholds(rows_ptr, tokens, mass, STEPS, HEADS, CAPACITY, ASM)
             tl.store(thresholds_ptr + pair * G + member, found, member < G)
             tl.store(masses_ptr + pair * G + member, share, member < G)
         _meet(arrivals_ptr, 2 * parts, parts)

@@ -169,7 +169,7 @@ def decode_layer(
         UNITE_TOKENS=64 if interpreted else 512 if parts > 8 else 2048,
         ATTEND_TOKENS=16 if interpreted else 64 if (dim + dim_v) <= 256 else 32,
         ATTEND_STAGES=1 if interpreted else 5,
-        PACKED_ASM=not interpreted,
+        ASM=not interpreted,
         **select_options(
             q,
             min_max,

@@ -108,9 +108,9 @@ def load_digits(
 
 
 @triton.jit
-def _unpack(packed, PACKED_ASM: tl.constexpr):
+def _unpack(packed, ASM: tl.constexpr):
     """Split bytes into low and high nibbles as int8."""
-    if PACKED_ASM:
+    if ASM:
         low, high = tl.inline_asm_elementwise(
             "{ and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F; }",
             "=r,=r,r",
@@ -189,7 +189,7 @@ def estimate_pages(
     PS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    PACKED_ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Logits of a group for the candidate pages from first_page to below last_page.
 
@@ -250,7 +250,7 @@ def estimate_pages(
             pair_bits = tl.load(scale_zero_ptr + code_row, inside, other=0)
             scale = (pair_bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
             zero = (pair_bits >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-            low, high = _unpack(packed, PACKED_ASM)
+            low, high = _unpack(packed, ASM)
             low = tl.trans(low)
             high = tl.trans(high)  # [HALF_PAD, BLOCK]
             first = tl.dot(first_low, low, out_dtype=tl.int32)

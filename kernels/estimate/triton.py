@@ -54,7 +54,7 @@ def _estimate_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
-    PACKED_ASM: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -124,7 +124,7 @@ def _estimate_kernel(
             PS,
             BLOCK,
             STAGES,
-            PACKED_ASM,
+            ASM,
         )
 
 
@@ -218,6 +218,6 @@ def estimate_logits(
         BLOCK=block,
         BLOCKS=blocks,
         STAGES=stages,
-        PACKED_ASM=not is_interpreted(),
+        ASM=not is_interpreted(),
         **launch_options(warps),
     )

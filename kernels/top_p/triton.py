@@ -35,6 +35,7 @@ def _threshold_kernel(
     SMALL: tl.constexpr,
     LARGE: tl.constexpr,
     LOOPED: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_inputs(PDL)
@@ -49,11 +50,11 @@ def _threshold_kernel(
         kept = tl.zeros((), tl.float32) + 1.0
         if p < 1.0:
             if (LARGE == SMALL and not LOOPED) or tokens <= SMALL:
-                threshold, kept = threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL)
+                threshold, kept = threshold_in_registers(row_ptr, tokens, p, STEPS, SMALL, ASM)
             elif LOOPED:
-                threshold, kept = threshold_looped(row_ptr, tokens, p, STEPS, SMALL)
+                threshold, kept = threshold_looped(row_ptr, tokens, p, STEPS, SMALL, ASM)
             else:
-                threshold, kept = threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE)
+                threshold, kept = threshold_in_registers(row_ptr, tokens, p, STEPS, LARGE, ASM)
         tl.store(thresholds_ptr + head, threshold)
         tl.store(masses_ptr + head, kept)
 
@@ -181,6 +182,7 @@ def top_p_thresholds(
         SMALL=min(large, 8192),
         LARGE=large,
         LOOPED=padded > _MOST_IN_REGISTERS,
+        ASM=not is_interpreted(),
         **launch_options(_warps(large, batch * heads_q)),
     )
 
