@@ -68,7 +68,7 @@ class TwilightConfig:
         2048, "a request shorter than this attends to everything (it costs less than selecting)"
     )
     min_step_mb: int = _knob(
-        128,
+        96,
         "on a GPU, a step whose requests of that length hold fewer MB of KV cache a layer than "
         "this attends to everything (dense attention is faster there); 0: none does",
     )

@@ -205,3 +205,44 @@ def store_partial(
     stats_ptr = partial_stats_ptr + part * (2 * G_ROWS) + head
     tl.store(stats_ptr, most, head < G)
     tl.store(stats_ptr + G_ROWS, sums, head < G)
+
+
+@triton.jit
+def merge_head(
+    partial_ptr,
+    partial_stats_ptr,
+    sinks_ptr,
+    out_ptr,
+    first,
+    parts,
+    member,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PARTS_PAD: tl.constexpr,
+):
+    """Combine the partial results from `first` on of one query head of a group."""
+    part = tl.arange(0, PARTS_PAD)
+    channel = tl.arange(0, DV_PAD)
+    there = part < parts
+    stats_ptr = partial_stats_ptr + (first + part) * (2 * G_ROWS) + member
+    most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")
+    sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
+    values = tl.load(
+        partial_ptr + ((first + part) * G_ROWS + member)[:, None] * DV_PAD + channel[None, :],
+        there[:, None] & (channel[None, :] < DV),
+        other=0.0,
+        cache_modifier=".cg",
+    )
+    top = tl.max(most, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + member).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    weight = tl.exp2(most - top)
+    total = tl.sum(sums * weight, 0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - top)
+    result = tl.sum(values * weight[:, None], 0) / total
+    tl.store(out_ptr + channel, result.to(out_ptr.dtype.element_ty), channel < DV)

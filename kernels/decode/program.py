@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.attend.parts import attend_span, store_group, store_partial
+from twilight_sgl.kernels.attend.parts import attend_span, merge_head, store_group, store_partial
 from twilight_sgl.kernels.estimate.parts import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
 from twilight_sgl.kernels.select.parts import (
@@ -11,7 +11,7 @@ from twilight_sgl.kernels.select.parts import (
     choose_in_strata,
     count_candidates,
 )
-from twilight_sgl.kernels.select.triton import zero_group
+from twilight_sgl.kernels.select.row import write_token, zero_group
 from twilight_sgl.kernels.top_p.parts import find_thresholds, keep_any
 
 
@@ -24,47 +24,6 @@ def _meet(arrivals_ptr, target, parts):
         while seen < target:
             seen = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
         tl.debug_barrier()
-
-
-@triton.jit
-def _merge_head(
-    partial_ptr,
-    partial_stats_ptr,
-    sinks_ptr,
-    out_ptr,
-    first,
-    parts,
-    member,
-    LOG2E: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    G_ROWS: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    PARTS_PAD: tl.constexpr,
-):
-    """Combine the partial results from `first` on of one query head of a group."""
-    part = tl.arange(0, PARTS_PAD)
-    channel = tl.arange(0, DV_PAD)
-    there = part < parts
-    stats_ptr = partial_stats_ptr + (first + part) * (2 * G_ROWS) + member
-    most = tl.load(stats_ptr, there, other=-float("inf"), cache_modifier=".cg")
-    sums = tl.load(stats_ptr + G_ROWS, there, other=0.0, cache_modifier=".cg")
-    values = tl.load(
-        partial_ptr + ((first + part) * G_ROWS + member)[:, None] * DV_PAD + channel[None, :],
-        there[:, None] & (channel[None, :] < DV),
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    top = tl.max(most, 0)
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + member).to(tl.float32) * LOG2E
-        top = tl.maximum(top, sink)
-    weight = tl.exp2(most - top)
-    total = tl.sum(sums * weight, 0)
-    if HAS_SINKS:
-        total += tl.exp2(sink - top)
-    result = tl.sum(values * weight[:, None], 0) / total
-    tl.store(out_ptr + channel, result.to(out_ptr.dtype.element_ty), channel < DV)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -96,6 +55,8 @@ def decode_kernel(
     arrivals_ptr,
     sinks_ptr,
     out_ptr,
+    new_keys_ptr,
+    new_values_ptr,
     parts,
     stride_rank_keys,
     stride_middles,
@@ -107,8 +68,11 @@ def decode_kernel(
     stride_value_head,
     stride_out_row,
     stride_out_head,
+    stride_new_key_row,
+    stride_new_value_row,
     sm_scale,
     logit_cap,
+    HAS_TOKEN: tl.constexpr,
     KEY_STRIDE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
     LOG2E: tl.constexpr,
@@ -159,6 +123,10 @@ def decode_kernel(
     is_sparse = (tl.load(sparse_ptr + row) != 0) & (length > 0)
     q_group_ptr = q_ptr + row * stride_q_row + head_kv * G * stride_q_head
     keys_head_ptr = keys_ptr + head_kv * stride_key_head
+    values_head_ptr = values_ptr + head_kv * stride_value_head
+    # The program that a row's newest token falls to writes and reads it, so nobody waits for it.
+    new_key_ptr = new_keys_ptr + row * stride_new_key_row + head_kv * D
+    new_value_ptr = new_values_ptr + row * stride_new_value_row + head_kv * DV
     out_group_ptr = out_ptr + row * stride_out_row + head_kv * G * stride_out_head
     row_page_ids_ptr = page_ids_ptr + row * stride_page_ids
     arrivals_ptr += pair
@@ -173,6 +141,23 @@ def decode_kernel(
         start = part * per_part
         end = tl.minimum(start + per_part, length)
         list_ptr = row_page_ids_ptr
+        if HAS_TOKEN and (start < length) & (end == length):
+            write_token(
+                new_key_ptr,
+                new_value_ptr,
+                keys_head_ptr,
+                values_head_ptr,
+                row_page_ids_ptr,
+                length,
+                KEY_STRIDE,
+                VALUE_STRIDE,
+                PS,
+                D,
+                D_PAD,
+                DV,
+                DV_PAD,
+            )
+        tl.debug_barrier()
     else:
         pages_ptr = candidate_page_ids_ptr + pair64 * width
         pair_positions_ptr = positions_ptr + pair64 * width
@@ -219,6 +204,22 @@ def decode_kernel(
                 SCORE_STAGES,
                 RANK_PAGES,
                 RANK_OTHERS,
+            )
+        if HAS_TOKEN and part == parts - 1:
+            write_token(
+                new_key_ptr,
+                new_value_ptr,
+                keys_head_ptr,
+                values_head_ptr,
+                row_page_ids_ptr,
+                length,
+                KEY_STRIDE,
+                VALUE_STRIDE,
+                PS,
+                D,
+                D_PAD,
+                DV,
+                DV_PAD,
             )
         tl.debug_barrier()
         first_page = begin_of_stratum(first_stratum, count, strata)
@@ -304,7 +305,7 @@ def decode_kernel(
         most, sums, acc = attend_span(
             q_group_ptr,
             keys_head_ptr,
-            values_ptr + head_kv * stride_value_head,
+            values_head_ptr,
             list_ptr,
             start,
             end,
@@ -359,7 +360,7 @@ def decode_kernel(
             before = tl.where(is_sparse, 2 * parts, 0)
             _meet(arrivals_ptr, before + parts, parts)
             for member in range(part, G, parts):
-                _merge_head(
+                merge_head(
                     partial_ptr,
                     partial_stats_ptr,
                     sinks_ptr + head_kv * G,

@@ -23,6 +23,7 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
+from twilight_sgl.kernels.select.row import token_strides
 from twilight_sgl.kernels.select.triton import select_options
 
 MOST_PARTS = 32  # programs that share a (request, KV head)
@@ -75,6 +76,7 @@ def decode_layer(
     kept_token_slots: torch.Tensor,
     workspace: AttendWorkspace,
     out: torch.Tensor,
+    token: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     sink_tokens: int,
     recent_tokens: int,
@@ -95,6 +97,7 @@ def decode_layer(
             part of the candidates.
         workspace: as for `attend`.
         out: [B, HQ, DV], written; zeros for rows of length 0.
+        token: as for `select_pages`.
         slack: as for `select_pages`; sinks: as for `attend`.
     """
     batch, heads_q, dim = q.shape
@@ -132,6 +135,7 @@ def decode_layer(
         workspace.arrivals,
         q if sinks is None else sinks,
         out,
+        *(token or (q, q)),
         parts,
         rank_keys.stride(1),
         0 if middles is None else middles.stride(1),
@@ -143,8 +147,10 @@ def decode_layer(
         value_cache.stride(2),
         out.stride(0),
         out.stride(1),
+        *token_strides(token),
         sm_scale,
         logit_cap,
+        HAS_TOKEN=token is not None,
         KEY_STRIDE=key_cache.stride(1),
         VALUE_STRIDE=value_cache.stride(1),
         LOG2E=LOG2E,

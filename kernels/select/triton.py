@@ -21,6 +21,7 @@ from twilight_sgl.kernels.launch import (
 from twilight_sgl.kernels.page_score.parts import product_rows, score_dtype
 from twilight_sgl.kernels.select.parts import choose_in_strata, count_candidates
 from twilight_sgl.kernels.select.reference import STRATUM_PAGES, budget_pages, forced_bound
+from twilight_sgl.kernels.select.row import token_strides, write_token, zero_group
 
 
 def budget_table(
@@ -45,23 +46,6 @@ def max_candidate_pages(
 
 
 @triton.jit
-def zero_group(
-    out_ptr,
-    stride_head,
-    G: tl.constexpr,
-    G_PAD: tl.constexpr,
-    DV: tl.constexpr,
-    DV_PAD: tl.constexpr,
-):
-    """Zero the outputs [G, DV] of one KV head's group."""
-    head = tl.arange(0, G_PAD)
-    channel = tl.arange(0, DV_PAD)
-    zeros = tl.zeros([G_PAD, DV_PAD], out_ptr.dtype.element_ty)
-    inside = (head[:, None] < G) & (channel[None, :] < DV)
-    tl.store(out_ptr + head[:, None] * stride_head + channel[None, :], zeros, inside)
-
-
-@triton.jit
 def _select_kernel(
     q_ptr,
     min_max_ptr,
@@ -80,6 +64,10 @@ def _select_kernel(
     q_scale_sum_ptr,
     chunk_counts_ptr,
     out_ptr,
+    new_keys_ptr,
+    new_values_ptr,
+    keys_ptr,
+    values_ptr,
     batch,
     width,
     num_chunks,
@@ -90,6 +78,13 @@ def _select_kernel(
     stride_q_head,
     stride_out_row,
     stride_out_head,
+    stride_new_key_row,
+    stride_new_value_row,
+    stride_key_head,
+    stride_value_head,
+    HAS_TOKEN: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     HAS_CODES: tl.constexpr,
     HAS_CHUNKS: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -149,6 +144,22 @@ def _select_kernel(
             if length <= 0:
                 out_group_ptr = out_ptr + row64 * stride_out_row + head_kv * G * stride_out_head
                 zero_group(out_group_ptr, stride_out_head, G, G_ROWS, DV, DV_PAD)
+            elif HAS_TOKEN:
+                write_token(
+                    new_keys_ptr + row64 * stride_new_key_row + head_kv * D,
+                    new_values_ptr + row64 * stride_new_value_row + head_kv * DV,
+                    keys_ptr + head_kv * stride_key_head,
+                    values_ptr + head_kv * stride_value_head,
+                    page_ids_ptr + row64 * stride_page_ids,
+                    length,
+                    KEY_STRIDE,
+                    VALUE_STRIDE,
+                    PS,
+                    D,
+                    D_PAD,
+                    DV,
+                    DV_PAD,
+                )
             if HAS_CODES and is_sparse:
                 store_digits(
                     q_group_ptr,
@@ -268,6 +279,9 @@ def select_pages(
     q_scale_sum: torch.Tensor | None,
     chunk_counts: torch.Tensor | None,
     out: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    token: tuple[torch.Tensor, torch.Tensor] | None,
     *,
     page_size: int,
     sink_tokens: int,
@@ -279,8 +293,8 @@ def select_pages(
     Full pages are scored by their bounds, see `page_score.reference.page_scores`; scores of a
     stratum nearer to each other than 2**-17 of themselves may count as equal (less near where it
     has more than STRATUM_PAGES pages), and of equal ones the earlier page goes first. The kernel
-    also quantizes the group's queries for the INT4 estimate and zeroes the output of padded rows,
-    which no later kernel looks at.
+    also quantizes the group's queries for the INT4 estimate, writes the step's new keys and values
+    into the cache, and zeroes the output of padded rows, which no later kernel looks at.
 
     Args:
         q: [B, HQ, D], last dimension contiguous.
@@ -303,6 +317,9 @@ def select_pages(
             see `store_digits`; None for the `exact` estimator.
         chunk_counts: [B, HK, chunks] int32, zeroed for `unite_kept`; None without pruning.
         out: [B, HQ, DV], zeroed for rows of length 0.
+        key_cache: [P, PS, HK, D], value_cache: [P, PS, HK, DV]; written with a token.
+        token: each row's newest key [B, HK, D] and value [B, HK, DV], in the cache's dtype and a
+            row's heads one behind the other; None where the cache holds them.
         page_size: PS, tokens; slack: see `page_score.reference.page_scores`, compiled in.
     """
     batch = q.shape[0]
@@ -328,6 +345,9 @@ def select_pages(
         q if q_scale_sum is None else q_scale_sum,
         counts if chunk_counts is None else chunk_counts,
         out,
+        *(token or (q, q)),
+        key_cache,
+        value_cache,
         batch,
         candidate_page_ids.shape[-1],
         num_chunks,
@@ -338,6 +358,12 @@ def select_pages(
         q.stride(1),
         out.stride(0),
         out.stride(1),
+        *token_strides(token),
+        key_cache.stride(2),
+        value_cache.stride(2),
+        HAS_TOKEN=token is not None,
+        KEY_STRIDE=key_cache.stride(1),
+        VALUE_STRIDE=value_cache.stride(1),
         HAS_CODES=q_codes is not None,
         HAS_CHUNKS=chunk_counts is not None,
         HALF_PAD=triton.next_power_of_2(q.shape[2] // 2),

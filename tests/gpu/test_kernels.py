@@ -9,7 +9,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
-from cases import Case, Drawn, check_selection, chosen_positions, draw, expected_output
+from cases import (
+    Case,
+    Drawn,
+    Token,
+    check_selection,
+    chosen_positions,
+    draw,
+    expected_output,
+    same_bits,
+    take_token,
+)
 
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.plan import DecodePlan, LayerCache
@@ -45,11 +55,12 @@ def decoder(case: Case, drawn: Drawn, **options: object) -> TritonDecode:
     )
 
 
-def run(case: Case, drawn: Drawn, decode: TritonDecode) -> LayerOutput:
+def run(case: Case, drawn: Drawn, decode: TritonDecode, token: Token | None = None) -> LayerOutput:
     return decode.run(
         drawn.q,
         drawn.cache,
         drawn.plan,
+        token=token,
         sm_scale=case.dim**-0.5,
         logit_cap=case.logit_cap,
         sinks=drawn.sinks,
@@ -136,7 +147,11 @@ RUNS += [pytest.param(case, True, id=f"{case.name}-one-launch") for case in CASE
 def test_pipeline_equals_reference_and_itself(case: Case, one_launch: bool) -> None:
     drawn = draw(case)
     decode = decoder(case, drawn, top_p_steps=12, one_launch=one_launch)
-    first = run(case, drawn, decode)
+    without, token = take_token(drawn)
+    first = run(case, without, decode, token)
+    assert same_bits(without.cache.keys, drawn.cache.keys)
+    assert same_bits(without.cache.values, drawn.cache.values)
+    del without
     kept, out = first.kept_tokens.clone(), first.output.clone()
     check(case, drawn, decode, first, 0.02)  # float16 logits move tokens at the threshold
     for buffer in (decode.out, decode.logits):

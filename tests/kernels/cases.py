@@ -1,6 +1,6 @@
 """Random KV caches, plans and shapes for kernel tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,6 +66,9 @@ class Case:
         )
 
 
+Token = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Drawn:
     q: torch.Tensor
@@ -129,6 +132,25 @@ def draw(case: Case, *, seed: int = 0, poison: bool = True, device: str = DEVICE
         sinks = torch.randn(case.heads_q, generator=rng) * case.sink_logits
         sinks = sinks.to(case.dtype).to(device)
     return Drawn(q.to(case.dtype).to(device), cache, plan, sinks)
+
+
+def take_token(drawn: Drawn) -> tuple[Drawn, Token]:
+    """The same with NaN in the cache where each row's newest token is, and that token."""
+    cache, plan = drawn.cache, drawn.plan
+    newest = plan.seq_lens.long() - 1
+    page = plan.page_ids.gather(1, (newest.clamp(min=0) // cache.keys.shape[1]).unsqueeze(1))
+    at = (page[:, 0].long(), newest.clamp(min=0) % cache.keys.shape[1])
+    keys, values = cache.keys.clone(), cache.values.clone()
+    token = (keys[at], values[at])
+    live = newest >= 0
+    for cached in (keys, values):
+        cached[at[0][live], at[1][live]] = float("nan")
+    return replace(drawn, cache=replace(cache, keys=keys, values=values)), token
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they are equal, NaN too."""
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def chosen_positions(decode: TritonDecode, drawn: Drawn) -> torch.Tensor:

@@ -4,7 +4,18 @@ import dataclasses
 
 import pytest
 import torch
-from cases import DEVICE, Case, Drawn, check_selection, chosen_positions, draw, expected_output
+from cases import (
+    DEVICE,
+    Case,
+    Drawn,
+    Token,
+    check_selection,
+    chosen_positions,
+    draw,
+    expected_output,
+    same_bits,
+    take_token,
+)
 
 from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.triton_pipeline import TritonDecode
@@ -37,11 +48,12 @@ def decoder(case: Case, drawn: Drawn, **options: object) -> TritonDecode:
     )
 
 
-def run(case: Case, drawn: Drawn, decode: TritonDecode) -> LayerOutput:
+def run(case: Case, drawn: Drawn, decode: TritonDecode, token: Token | None = None) -> LayerOutput:
     return decode.run(
         drawn.q,
         drawn.cache,
         drawn.plan,
+        token=token,
         sm_scale=case.dim**-0.5,
         logit_cap=case.logit_cap,
         sinks=drawn.sinks,
@@ -124,7 +136,10 @@ def check_pipeline(case: Case, *, one_launch: bool) -> None:
     for buffer in (decode.middles, decode.logits, decode.out):
         if buffer is not None:
             buffer.fill_(float("nan"))
-    got = run(case, drawn, decode)
+    without, token = take_token(drawn)
+    got = run(case, without, decode, token)
+    assert same_bits(without.cache.keys, drawn.cache.keys)
+    assert same_bits(without.cache.values, drawn.cache.values)
     check_selection(case, drawn, decode)
     expected = expected_output(case, drawn, chosen_positions(decode, drawn))
     assert torch.equal(got.candidate_tokens, expected.candidate_tokens)

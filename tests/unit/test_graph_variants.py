@@ -56,7 +56,8 @@ class Runner:
         ([100, 2047], {"min_step_mb": 0}, True),  # no request is long enough to select
         ([100, 2048], {"min_step_mb": 0}, False),
         ([40_000], {}, True),  # 40 MB
-        ([40_000, 88_000], {}, False),  # 128 MB
+        ([40_000, 55_000], {}, True),
+        ([40_000, 56_000], {}, False),  # 96 MB
         ([40_000, *[2047] * 50], {}, True),  # short requests do not count
         ([40_000], {"min_step_mb": 40}, False),
         ([1], {"min_step_mb": 0, "min_context_tokens": 0}, False),

@@ -191,8 +191,12 @@ class TritonAttnBackend(TwilightAttnBackend):
             return self.dense.forward_decode(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
-        if save_kv_cache:
-            self._save(k, v, layer, forward_batch)
+        token = None
+        if save_kv_cache and k is not None and v is not None:
+            if self._is_cache_row(k) and self._is_cache_row(v):
+                token = k, v
+            else:
+                self._save(k, v, layer, forward_batch)
         fp8 = self.token_to_kv_pool.dtype == torch.float8_e4m3fn
         key_scale = (layer.k_scale_float or 1.0) if fp8 else 1.0
         value_scale = (layer.v_scale_float or 1.0) if fp8 else 1.0
@@ -202,10 +206,18 @@ class TritonAttnBackend(TwilightAttnBackend):
             sm_scale=layer.scaling * key_scale,
             logit_cap=layer.logit_cap or 0.0,
             sinks=kwargs.get("sinks"),
+            token=token,
         )
         if value_scale != 1.0:
             output.mul_(value_scale)
         return output.flatten(1)
+
+    def _is_cache_row(self, new: torch.Tensor) -> bool:
+        """Whether the kernels can write new keys or values [B, HK, D] as they are.
+
+        It saves the launch that SGLang writes them by, which converts and scales too.
+        """
+        return new.dtype == self.token_to_kv_pool.dtype and new[:1].is_contiguous()
 
     def _begin(self, forward_batch: Any, in_capture: bool = False) -> None:
         # A rank that replays beside others without a request of its own shows it as a decode.

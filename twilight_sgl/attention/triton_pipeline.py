@@ -187,17 +187,20 @@ class TritonDecode:
         out: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
         masses: torch.Tensor | None = None,
+        token: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> LayerOutput:
         """Run one layer; what `decode_reference` computes.
 
         Args:
             q: [B, HQ, D], last dimension contiguous.
-            cache: the layer's KV cache with this step's key and value, and summaries of every
-                full page that a sparse row of the plan names.
+            cache: the layer's KV cache, and summaries of every full page that a sparse row of
+                the plan names.
             sinks: [HQ] learned attention sinks, see `attend`.
             out: [B, HQ, DV] for the output; the object's own memory by default.
             counts: [>= B, HK] int32 each, for the candidate and the kept tokens; likewise.
             masses: [>= B, HQ] float32, for the kept mass of sparse rows; likewise.
+            token: this step's keys [B, HK, D] and values [B, HK, DV], to be written into the
+                cache first, see `select_pages`; None where it holds them.
         Returns:
             Output in q's dtype, zeros for padded rows. The three tensors are overwritten by the
             next call that writes to the same memory.
@@ -215,6 +218,7 @@ class TritonDecode:
             sinks=sinks,
             counts=counts,
             masses=masses,
+            token=token,
         )
         for launch in stages.values():
             launch()
@@ -242,6 +246,7 @@ class TritonDecode:
         sinks: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
         masses: torch.Tensor | None = None,
+        token: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, Callable[[], None]]:
         """The launches of `run` by name, in order, for benchmarks to time one by one."""
         batch = q.shape[0]
@@ -295,6 +300,7 @@ class TritonDecode:
                 lists,
                 self.attend_workspace,
                 out,
+                token,
                 sink_tokens=selection.sink_tokens,
                 recent_tokens=selection.recent_tokens,
                 steps=self.top_p_steps,
@@ -322,6 +328,9 @@ class TritonDecode:
             q_scale_sum,
             chunk_counts,
             out,
+            cache.keys,
+            cache.values,
+            token,
             page_size=selection.page_size,
             sink_tokens=selection.sink_tokens,
             recent_tokens=selection.recent_tokens,

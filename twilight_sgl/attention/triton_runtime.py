@@ -173,8 +173,14 @@ class TritonRuntime(TwilightRuntime):
         sm_scale: float,
         logit_cap: float,
         sinks: torch.Tensor | None,
+        token: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Attend in one layer: [B, HQ, D] queries to a new [B, HQ, DV] in their dtype."""
+        """Attend in one layer: [B, HQ, D] queries to a new [B, HQ, DV] in their dtype.
+
+        Args:
+            token: the step's keys and values where the cache does not hold them, see
+                `TritonDecode.run`.
+        """
         buffers, plan, row = self._current, self._plan, self.pool.row_of(layer_id)
         assert buffers is not None and plan is not None, "run_layer before begin_decode"
         out = torch.empty((*q.shape[:2], self._dim_v), dtype=q.dtype, device=q.device)
@@ -188,6 +194,7 @@ class TritonRuntime(TwilightRuntime):
             out=out,
             counts=(buffers.candidate_tokens[row], buffers.kept_tokens[row]),
             masses=buffers.masses[row],
+            token=token,
         )
         if self.config.telemetry and row == len(self.pool.layer_ids) - 1:
             count_step(
