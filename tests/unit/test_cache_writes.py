@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from twilight_sgl.attention.backend import TritonAttnBackend
+from twilight_sgl.attention.runtime import TwilightRuntime
+from twilight_sgl.config import TwilightConfig
 
 LAYER = SimpleNamespace(
     layer_id=3,
@@ -82,3 +86,31 @@ def test_nothing_is_written_twice(keys: torch.Tensor | None) -> None:
     steps.decode(keys, None if keys is None else FUSED[:, 6:], save_kv_cache=False)
     assert steps.tokens == [None]
     assert not steps.written
+
+
+PS, PAGES = 16, 4
+SHAPE = {"page_size": PS, "dtype": torch.bfloat16, "head_num": 2, "head_dim": 8, "device": "cpu"}
+
+
+def plain_pool() -> MHATokenToKVPool:
+    return MHATokenToKVPool(PAGES * PS, layer_num=2, enable_memory_saver=False, **SHAPE)
+
+
+def pool_with_windows() -> SWAKVPool:
+    layers = {"swa_attention_layer_ids": [0], "full_attention_layer_ids": [1]}
+    return SWAKVPool(size=PAGES * PS, size_swa=2 * PS, **layers, **SHAPE)
+
+
+@pytest.mark.parametrize("make", [plain_pool, pool_with_windows])
+def test_sglang_writes_keys_and_values_where_and_as_the_kernels_do(make: Any) -> None:
+    pool = make()
+    cache = TwilightRuntime(TwilightConfig(), pool, [1], 3).cache_of(1)
+    keys, values = (torch.randn(2, 2, 8).bfloat16() for _ in range(2))
+    slots = torch.tensor([PS + 3, 3 * PS])
+    expected = cache.keys.clone(), cache.values.clone()
+    for held, new in zip(expected, (keys, values), strict=True):
+        held[slots // PS, slots % PS] = new
+    layer = SimpleNamespace(layer_id=1)
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, None), keys.clone(), values.clone(), 2.0, 3.0)
+    assert torch.equal(cache.keys, expected[0])
+    assert torch.equal(cache.values, expected[1])
