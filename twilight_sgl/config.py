@@ -70,7 +70,7 @@ class TwilightConfig:
     min_step_mb: int = _knob(
         96,
         "on a GPU, a step whose requests of that length hold fewer MB of KV cache a layer than "
-        "this attends to everything (dense attention is faster there); 0: none does",
+        "this attends to everything (selecting gains little or nothing there); 0: none does",
     )
     page_size: int = _knob(
         16, "tokens a page; follows --page-size when only that is given (16, 32 or 64)"

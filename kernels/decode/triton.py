@@ -23,7 +23,7 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
-from twilight_sgl.kernels.select.row import token_strides
+from twilight_sgl.kernels.select.row import Token, token_strides
 from twilight_sgl.kernels.select.triton import select_options
 
 MOST_PARTS = 32  # programs that share a (request, KV head)
@@ -76,7 +76,7 @@ def decode_layer(
     kept_token_slots: torch.Tensor,
     workspace: AttendWorkspace,
     out: torch.Tensor,
-    token: tuple[torch.Tensor, torch.Tensor] | None,
+    token: Token | None,
     *,
     sink_tokens: int,
     recent_tokens: int,

@@ -4,6 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
+# A step's new keys [B, HK, D] and values [B, HK, DV], in the cache's dtype, a row's heads one
+# behind the other.
+Token = tuple[torch.Tensor, torch.Tensor]
+
 
 @triton.jit
 def write_token(
@@ -56,6 +60,6 @@ def zero_group(
     tl.store(out_ptr + head[:, None] * stride_head + channel[None, :], zeros, inside)
 
 
-def token_strides(token: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[int, int]:
+def token_strides(token: Token | None) -> tuple[int, int]:
     """Elements between rows of new keys and of new values."""
     return (0, 0) if token is None else (token[0].stride(0), token[1].stride(0))

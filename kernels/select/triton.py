@@ -21,7 +21,7 @@ from twilight_sgl.kernels.launch import (
 from twilight_sgl.kernels.page_score.parts import product_rows, score_dtype
 from twilight_sgl.kernels.select.parts import choose_in_strata, count_candidates
 from twilight_sgl.kernels.select.reference import STRATUM_PAGES, budget_pages, forced_bound
-from twilight_sgl.kernels.select.row import token_strides, write_token, zero_group
+from twilight_sgl.kernels.select.row import Token, token_strides, write_token, zero_group
 
 
 def budget_table(
@@ -281,7 +281,7 @@ def select_pages(
     out: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    token: tuple[torch.Tensor, torch.Tensor] | None,
+    token: Token | None,
     *,
     page_size: int,
     sink_tokens: int,
@@ -318,8 +318,7 @@ def select_pages(
         chunk_counts: [B, HK, chunks] int32, zeroed for `unite_kept`; None without pruning.
         out: [B, HQ, DV], zeroed for rows of length 0.
         key_cache: [P, PS, HK, D], value_cache: [P, PS, HK, DV]; written with a token.
-        token: each row's newest key [B, HK, D] and value [B, HK, DV], in the cache's dtype and a
-            row's heads one behind the other; None where the cache holds them.
+        token: each row's newest key and value, see `Token`; None where the cache holds them.
         page_size: PS, tokens; slack: see `page_score.reference.page_scores`, compiled in.
     """
     batch = q.shape[0]

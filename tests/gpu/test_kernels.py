@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from cases import (
     Case,
     Drawn,
-    Token,
     check_selection,
     chosen_positions,
     draw,
@@ -28,6 +27,7 @@ from twilight_sgl.kernels.decode.program import decode_kernel
 from twilight_sgl.kernels.decode.triton import _tiling
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+from twilight_sgl.kernels.select.row import Token
 
 pytestmark = [
     pytest.mark.gpu,

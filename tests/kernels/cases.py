@@ -12,6 +12,7 @@ from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.select.reference import forced_pages, num_strata, select_pages
+from twilight_sgl.kernels.select.row import Token
 from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, kept_mass, top_p_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,9 +65,6 @@ class Case:
             selector=self.selector,
             min_candidate_tokens=self.min_candidate_tokens,
         )
-
-
-Token = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from cases import (
     DEVICE,
     Case,
     Drawn,
-    Token,
     check_selection,
     chosen_positions,
     draw,
@@ -22,6 +21,7 @@ from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.estimate import triton as estimate_kernel
 from twilight_sgl.kernels.estimate.reference import estimate_logits
 from twilight_sgl.kernels.select import triton as select_kernel
+from twilight_sgl.kernels.select.row import Token
 from twilight_sgl.kernels.top_p.reference import top_p_mask
 
 AWKWARD = (1, 15, 16, 17, 0, 33, 140)

@@ -12,6 +12,7 @@ from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
 from twilight_sgl.kernels.decode.triton import decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
+from twilight_sgl.kernels.select.row import Token
 from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
 from twilight_sgl.kernels.top_p.triton import (
     BISECTION_STEPS,
@@ -187,7 +188,7 @@ class TritonDecode:
         out: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
         masses: torch.Tensor | None = None,
-        token: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token: Token | None = None,
     ) -> LayerOutput:
         """Run one layer; what `decode_reference` computes.
 
@@ -199,8 +200,8 @@ class TritonDecode:
             out: [B, HQ, DV] for the output; the object's own memory by default.
             counts: [>= B, HK] int32 each, for the candidate and the kept tokens; likewise.
             masses: [>= B, HQ] float32, for the kept mass of sparse rows; likewise.
-            token: this step's keys [B, HK, D] and values [B, HK, DV], to be written into the
-                cache first, see `select_pages`; None where it holds them.
+            token: this step's keys and values, to be written into the cache first; None where it
+                holds them.
         Returns:
             Output in q's dtype, zeros for padded rows. The three tensors are overwritten by the
             next call that writes to the same memory.
@@ -246,7 +247,7 @@ class TritonDecode:
         sinks: torch.Tensor | None = None,
         counts: tuple[torch.Tensor, torch.Tensor] | None = None,
         masses: torch.Tensor | None = None,
-        token: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token: Token | None = None,
     ) -> dict[str, Callable[[], None]]:
         """The launches of `run` by name, in order, for benchmarks to time one by one."""
         batch = q.shape[0]

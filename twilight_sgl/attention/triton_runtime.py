@@ -16,6 +16,7 @@ from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.kernels.count.triton import IDLE_CLOCK, count_step
 from twilight_sgl.kernels.plan.triton import plan_and_claim
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+from twilight_sgl.kernels.select.row import Token
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class TritonRuntime(TwilightRuntime):
         sm_scale: float,
         logit_cap: float,
         sinks: torch.Tensor | None,
-        token: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token: Token | None = None,
     ) -> torch.Tensor:
         """Attend in one layer: [B, HQ, D] queries to a new [B, HQ, DV] in their dtype.
 
