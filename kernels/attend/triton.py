@@ -28,7 +28,8 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 
-_PROGRAMS = 4  # an SM, at most
+MOST_PROGRAMS = 8  # an SM, of any kernel that writes partial results
+_PROGRAMS = 4
 _FEW_PAIRS = 8
 
 
@@ -190,7 +191,7 @@ def _attend_kernel(
 
 
 class AttendWorkspace:
-    """Memory of `attend` that outlives a call.
+    """Memory of `attend`, `attend_rows` and `decode_layer` that outlives a call.
 
     Attributes:
         partial: float32 partial outputs, [programs, 2, G, DV] with G and DV padded to powers of
@@ -202,7 +203,7 @@ class AttendWorkspace:
         self, max_batch: int, heads_q: int, heads_kv: int, dim_v: int, device: torch.device
     ) -> None:
         rows = triton.next_power_of_2(heads_q // heads_kv)
-        partials = 2 * grid_programs(device, _PROGRAMS)
+        partials = 2 * grid_programs(device, MOST_PROGRAMS)
         padded = triton.next_power_of_2(dim_v)
         self.partial = torch.empty(partials * rows * padded, dtype=torch.float32, device=device)
         self.partial_stats = torch.empty(partials * 2 * rows, dtype=torch.float32, device=device)

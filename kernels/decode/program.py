@@ -6,12 +6,12 @@ import triton.language as tl
 from twilight_sgl.kernels.attend.parts import attend_span, merge_head, store_group, store_partial
 from twilight_sgl.kernels.estimate.parts import estimate_pages, quantize_query
 from twilight_sgl.kernels.launch import wait_for_inputs
+from twilight_sgl.kernels.row import write_token, zero_group
 from twilight_sgl.kernels.select.parts import (
     begin_of_stratum,
     choose_in_strata,
     count_candidates,
 )
-from twilight_sgl.kernels.select.row import write_token, zero_group
 from twilight_sgl.kernels.top_p.parts import find_thresholds, keep_any
 
 

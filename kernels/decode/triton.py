@@ -23,7 +23,7 @@ from twilight_sgl.kernels.launch import (
     launch_options,
     shared_memory,
 )
-from twilight_sgl.kernels.select.row import Token, token_strides
+from twilight_sgl.kernels.row import Token, token_strides
 from twilight_sgl.kernels.select.triton import select_options
 
 MOST_PARTS = 32  # programs that share a (request, KV head)

@@ -19,9 +19,9 @@ from twilight_sgl.kernels.launch import (
     wait_for_inputs,
 )
 from twilight_sgl.kernels.page_score.parts import product_rows, score_dtype
+from twilight_sgl.kernels.row import Token, token_strides, write_token, zero_group
 from twilight_sgl.kernels.select.parts import choose_in_strata, count_candidates
 from twilight_sgl.kernels.select.reference import STRATUM_PAGES, budget_pages, forced_bound
-from twilight_sgl.kernels.select.row import Token, token_strides, write_token, zero_group
 
 
 def budget_table(

@@ -25,9 +25,9 @@ from twilight_sgl.attention.plan import DecodePlan, LayerCache
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.decode.program import decode_kernel
 from twilight_sgl.kernels.decode.triton import _tiling
+from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
-from twilight_sgl.kernels.select.row import Token
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ from twilight_sgl.attention.plan import DecodePlan, LayerCache, Selection
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.attend.reference import attend
 from twilight_sgl.kernels.estimate.reference import candidate_tokens, estimate_logits
+from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.select.reference import forced_pages, num_strata, select_pages
-from twilight_sgl.kernels.select.row import Token
 from twilight_sgl.kernels.top_p.reference import forced_tokens, keep_union, kept_mass, top_p_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

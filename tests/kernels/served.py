@@ -12,6 +12,7 @@ from twilight_sgl.request import RequestOptions
 
 PS = 16
 LAYERS = (1, 2, 4)
+DENSE_LAYER = 3
 HEADS_Q, HEADS_KV, DIM = 6, 2, 64
 COLUMNS = 12  # pages of the longest request
 # Physical pages of the requests in slots 1 to 3; 1 and 2 share their first two pages.
@@ -44,6 +45,7 @@ class Served:
             heads_q=HEADS_Q,
             dim_v=DIM,
             q_dtype=DTYPE,
+            dense_layer_ids=[DENSE_LAYER],
         )
         self.runtime.reserve(8)
         self.table = torch.zeros((5, COLUMNS * PS), dtype=torch.int32)

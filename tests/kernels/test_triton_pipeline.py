@@ -20,8 +20,8 @@ from twilight_sgl.attention.pipeline import LayerOutput
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.estimate import triton as estimate_kernel
 from twilight_sgl.kernels.estimate.reference import estimate_logits
+from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.select import triton as select_kernel
-from twilight_sgl.kernels.select.row import Token
 from twilight_sgl.kernels.top_p.reference import top_p_mask
 
 AWKWARD = (1, 15, 16, 17, 0, 33, 140)

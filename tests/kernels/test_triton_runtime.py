@@ -1,10 +1,13 @@
 """What the GPU runtime counts, against a recount on the host and the CPU's runtime."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from served import COLUMNS, DEVICE, HEADS_KV, LAYERS, NUM_PAGES, PS, Served
+from served import COLUMNS, DENSE_LAYER, DEVICE, HEADS_KV, LAYERS, NUM_PAGES, PS, Served
 
 from twilight_sgl.attention.pipeline import decode_reference
+from twilight_sgl.attention.plan import LayerCache
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.request import RequestOptions
 
@@ -104,6 +107,26 @@ def test_dense_steps_have_no_row_sums() -> None:
     served.runtime.begin_step(dense=True)
     assert served.runtime.take_row_sums() is None
     assert served.runtime.snapshot().dense_steps == 1
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense-step", "dense-layer"])
+def test_what_does_not_select_attends_to_all(dense: bool) -> None:
+    served = Served()
+    runtime, (slots, lengths) = served.runtime, STEPS[0]
+    rows = torch.tensor(slots, device=DEVICE), torch.tensor(lengths, device=DEVICE)
+    runtime.begin_step(dense=dense)
+    plan = runtime.begin_decode(served.table, *rows, dense=dense)
+    everything = replace(plan, sparse=torch.zeros_like(plan.sparse))
+    q = served.q[: len(slots)]
+    for layer in (*LAYERS, DENSE_LAYER) if dense else (DENSE_LAYER,):
+        summaries = runtime.pool.of_layer(LAYERS[0])  # of no use to rows that are not sparse
+        cache = LayerCache(runtime.keys_of(layer), runtime.values_of(layer), *summaries)
+        expected = decode_reference(q, cache, everything, runtime.selection, sm_scale=0.125).output
+        got = runtime.run_layer(layer, q, sm_scale=0.125, logit_cap=0.0, sinks=None)
+        assert (got - expected).norm() / expected.norm() < 1e-2
+    assert plan.sparse.any() == (not dense)
+    assert runtime.pages_built == (0 if dense else 15)
+    assert not runtime.serves(0)
 
 
 def test_without_a_pruner_all_mass_is_kept() -> None:

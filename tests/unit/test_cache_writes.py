@@ -37,9 +37,7 @@ class Steps:
         self.backend.token_to_kv_pool = SimpleNamespace(
             dtype=cache_dtype, set_kv_buffer=lambda *given: self.written.append(given)
         )
-        self.backend.runtime = SimpleNamespace(
-            pool=SimpleNamespace(has_layer=lambda layer: True), run_layer=self._run_layer
-        )
+        self.backend.runtime = SimpleNamespace(serves=lambda layer: True, run_layer=self._run_layer)
 
     def _run_layer(self, layer_id: int, q: torch.Tensor, *, token: Any, **_: Any) -> torch.Tensor:
         self.tokens.append(token)

@@ -118,10 +118,15 @@ def test_other_runners_capture_as_ever(runner: Runner) -> None:
     assert runner.captured == {ShapeKey(2, None, None): False}
 
 
-def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> None:
+@pytest.mark.parametrize("has_stock_layers", [True, False])
+def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend(
+    has_stock_layers: bool,
+) -> None:
     planned: list[tuple[int, bool]] = []
     begun: list[bool] = []
+    ours: list[bool] = []
     made = object.__new__(TritonAttnBackend)
+    made.has_stock_layers = has_stock_layers
     made.dense = SimpleNamespace(
         init_forward_metadata_out_graph=lambda batch, in_capture: planned.append(
             (batch.batch_size, in_capture)
@@ -129,7 +134,7 @@ def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> Non
     )
     made.runtime = SimpleNamespace(
         begin_step=lambda dense: begun.append(dense),
-        begin_decode=lambda *rows: None,
+        begin_decode=lambda *rows, dense: ours.append(dense),
         is_faster_dense=lambda lengths: True,
     )
     made.req_to_token_pool = SimpleNamespace(req_to_token=None)
@@ -142,16 +147,18 @@ def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend() -> Non
         for made.captures_dense in (True, False):
             made.init_forward_metadata_out_graph(batch(size), in_capture=True)
             assert made.dense_step == made.captures_dense
-    assert planned == [(4, True), (2, True)]
+    assert planned == ([(4, True), (2, True)] if has_stock_layers else [])
+    assert ours == [True, False] * 2
     made.has_dense_graphs = True
     for _ in range(2):
         made.init_forward_metadata_out_graph(batch(2))
-    assert planned[2:] == [(2, False), (2, False)]
+    assert planned[2:] == ([(2, False), (2, False)] if has_stock_layers else [])
     assert made.dense_step
     assert begun == [True, True]
     made.init_forward_metadata_out_graph(batch(2, actual_forward_mode=ForwardMode.DECODE))
     assert begun == [True] * 3
     # A data-parallel rank without a request replays too: that is no step.
     made.init_forward_metadata_out_graph(batch(2, actual_forward_mode=ForwardMode.IDLE))
-    assert len(planned) == 6
+    assert len(planned) == (6 if has_stock_layers else 0)
+    assert len(ours) == 8
     assert begun == [True] * 3

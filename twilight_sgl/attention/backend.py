@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
 
 class TwilightAttnBackend(AttentionBackend):
-    """Decodes with Twilight in the layers that select, and with a stock backend in the others.
+    """Decodes with Twilight in the layers that select.
 
     Prefill never comes here: SGLang sends it to the prefill backend. A second instance of that
-    backend serves the decode of layers that stay dense (skipped ones, sliding windows, cross
-    attention).
+    backend, the stock backend, decodes the layers that Twilight has no kernel for.
     """
 
     def __init__(self, model_runner: Any, runtime: TwilightRuntime) -> None:
@@ -56,7 +55,7 @@ class TwilightAttnBackend(AttentionBackend):
 
 
 class ReferenceAttnBackend(TwilightAttnBackend):
-    """On a CPU: eager, with shapes that follow the batch."""
+    """On a CPU: eager, with shapes that follow the batch; layers that stay dense are stock."""
 
     def __init__(self, model_runner: Any, runtime: TwilightRuntime) -> None:
         super().__init__(model_runner, runtime)
@@ -109,10 +108,13 @@ class ReferenceAttnBackend(TwilightAttnBackend):
 class TritonAttnBackend(TwilightAttnBackend):
     """On a GPU, inside CUDA graphs or not.
 
-    A step either selects, with the same launches whatever the batch holds, or is dense and runs
-    the stock backend alone. The host decides, from the lengths it knows.
+    A step either selects, with the same launches whatever the batch holds, or is dense: then every
+    row attends to all of its tokens. The host decides, from the lengths it knows. Layers that never
+    select run dense too, by our own kernel where their caches are like the others'; what is left
+    (sliding windows, cross attention) is the stock backend's.
 
     Attributes:
+        has_stock_layers: whether the stock backend decodes any layer.
         dense_step: whether the current step, or the one being captured, is dense.
         captures_dense: whether the next graph captured is to be of a dense step.
         has_dense_graphs: whether graphs of dense steps were captured beside the others.
@@ -123,6 +125,12 @@ class TritonAttnBackend(TwilightAttnBackend):
     captures_dense = False
     has_dense_graphs = False
     _captured_size: int | None = None  # batch size of the capture before, if it was one
+
+    def __init__(self, model_runner: Any, runtime: "TritonRuntime") -> None:
+        super().__init__(model_runner, runtime)
+        self.has_stock_layers = any(
+            not runtime.serves(layer.layer_id) for layer in attention_layers(model_runner.model)
+        )
 
     @property
     def wants_dense_graphs(self) -> bool:
@@ -144,7 +152,8 @@ class TritonAttnBackend(TwilightAttnBackend):
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Plan an eager step, and seal the pages it needs."""
-        self.dense.init_forward_metadata(forward_batch)
+        if self.has_stock_layers or not forward_batch.forward_mode.is_decode():
+            self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
             lengths = forward_batch.seq_lens_cpu
             self.dense_step = self.wants_dense_graphs and self.runtime.is_faster_dense(lengths)
@@ -156,7 +165,8 @@ class TritonAttnBackend(TwilightAttnBackend):
         """Plan a graph's step; the graph reads the plan, never SGLang's request table."""
         # All graphs of a batch size read the metadata of its first capture: a later one's could
         # take its place (flashinfer makes a wrapper for each).
-        if not in_capture or forward_batch.batch_size != self._captured_size:
+        is_first = not in_capture or forward_batch.batch_size != self._captured_size
+        if is_first and self.has_stock_layers:
             self.dense.init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
         self._captured_size = forward_batch.batch_size if in_capture else None
         if in_capture:
@@ -168,7 +178,8 @@ class TritonAttnBackend(TwilightAttnBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         """Seal the pages that the plan claimed."""
-        self.dense.init_forward_metadata_in_graph(forward_batch)
+        if self.has_stock_layers:
+            self.dense.init_forward_metadata_in_graph(forward_batch)
         if not self.dense_step:
             self.runtime.seal_claimed()
 
@@ -187,7 +198,7 @@ class TritonAttnBackend(TwilightAttnBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """One layer of a decode step: [B, HQ * D] queries to [B, HQ * DV]."""
-        if self.dense_step or not self.runtime.pool.has_layer(layer.layer_id):
+        if not self.runtime.serves(layer.layer_id):
             return self.dense.forward_decode(
                 q, k, v, layer, forward_batch, save_kv_cache=save_kv_cache, **kwargs
             )
@@ -224,12 +235,11 @@ class TritonAttnBackend(TwilightAttnBackend):
         mode = getattr(forward_batch, "actual_forward_mode", forward_batch.forward_mode)
         if not in_capture and not mode.is_idle():
             self.runtime.begin_step(dense=self.dense_step)
-        if self.dense_step:
-            return
         self.runtime.begin_decode(
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
+            dense=self.dense_step,
         )
 
 
@@ -264,6 +274,13 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
                 "those of all but one shape with --twilight-skip-layers"
             )
         heads_q, dim_v = shapes.pop()
+        dense_layers = [
+            layer
+            for layer, module in full_attention_layers(model_runner.model).items()
+            if layer not in layers
+            and (module.tp_q_head_num, module.v_head_dim) == (heads_q, dim_v)
+            and pool.get_key_buffer(layer).shape == pool.get_key_buffer(min(layers)).shape
+        ]
         runtime = TritonRuntime(
             config,
             pool,
@@ -273,6 +290,7 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
             heads_q=heads_q,
             dim_v=dim_v,
             q_dtype=model_runner.dtype,
+            dense_layer_ids=dense_layers,
         )
         backend = TritonAttnBackend(model_runner, runtime)
     else:
@@ -303,15 +321,25 @@ def full_attention_allocator(allocator: Any) -> Any:
     return getattr(allocator, "full_attn_allocator", allocator)
 
 
-def selecting_layers(model: torch.nn.Module, config: TwilightConfig) -> dict[int, RadixAttention]:
-    """The layers that select, by id: plain decoder attention over the whole context."""
+def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
+    """All attention layers over a KV cache."""
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
+def full_attention_layers(model: torch.nn.Module) -> dict[int, RadixAttention]:
+    """The layers of plain decoder attention over the whole context, by id, in order."""
     layers = {
-        module.layer_id: module
-        for module in model.modules()
-        if isinstance(module, RadixAttention)
-        and not module.is_cross_attention
-        and module.attn_type == AttentionType.DECODER
-        and not module.use_irope
-        and (module.sliding_window_size is None or module.sliding_window_size < 0)
+        layer.layer_id: layer
+        for layer in attention_layers(model)
+        if not layer.is_cross_attention
+        and layer.attn_type == AttentionType.DECODER
+        and not layer.use_irope
+        and (layer.sliding_window_size is None or layer.sliding_window_size < 0)
     }
-    return {layer: layers[layer] for layer in sorted(layers) if layer not in config.skip_layers}
+    return dict(sorted(layers.items()))
+
+
+def selecting_layers(model: torch.nn.Module, config: TwilightConfig) -> dict[int, RadixAttention]:
+    """The layers that select, by id: those of full attention that are not to be skipped."""
+    layers = full_attention_layers(model)
+    return {layer: layers[layer] for layer in layers if layer not in config.skip_layers}

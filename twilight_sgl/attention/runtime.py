@@ -112,10 +112,14 @@ class TwilightRuntime:
         """A layer's keys by page: [P, PS, HK, D], a view of SGLang's pool."""
         return self._by_page(self._kv_pool.get_key_buffer(layer_id))
 
+    def values_of(self, layer_id: int) -> torch.Tensor:
+        """A layer's values by page: [P, PS, HK, DV], a view of SGLang's pool."""
+        return self._by_page(self._kv_pool.get_value_buffer(layer_id))
+
     def cache_of(self, layer_id: int) -> LayerCache:
         """A layer's KV cache and summaries."""
-        values = self._by_page(self._kv_pool.get_value_buffer(layer_id))
-        return LayerCache(self.keys_of(layer_id), values, *self.pool.of_layer(layer_id))
+        summaries = self.pool.of_layer(layer_id)
+        return LayerCache(self.keys_of(layer_id), self.values_of(layer_id), *summaries)
 
     def on_requests_admitted(self, slots: Iterable[int], options: Iterable[RequestOptions]) -> None:
         """Requests were given slots: their p applies from the next forward on."""

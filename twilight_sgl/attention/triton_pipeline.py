@@ -12,7 +12,7 @@ from twilight_sgl.kernels.attend.triton import AttendWorkspace, attend
 from twilight_sgl.kernels.decode.triton import decode_layer
 from twilight_sgl.kernels.estimate.triton import estimate_logits
 from twilight_sgl.kernels.launch import is_interpreted
-from twilight_sgl.kernels.select.row import Token
+from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.select.triton import budget_table, max_candidate_pages, select_pages
 from twilight_sgl.kernels.top_p.triton import (
     BISECTION_STEPS,

@@ -12,13 +12,16 @@ from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.kernels.attend.rows import attend_rows
 from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.kernels.count.triton import IDLE_CLOCK, count_step
 from twilight_sgl.kernels.plan.triton import plan_and_claim
+from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
-from twilight_sgl.kernels.select.row import Token
 
 logger = logging.getLogger(__name__)
+
+_NO_CONTEXT = torch.iinfo(torch.int32).max  # tokens, more than a request can have
 
 
 class _Buffers:
@@ -55,10 +58,11 @@ class TritonRuntime(TwilightRuntime):
     """The runtime of a CUDA model runner.
 
     A step is planned outside the CUDA graph (`begin_decode`: one launch that snapshots SGLang's
-    request table and claims pages to seal) and runs inside it: `seal_claimed`, then `run_layer`
-    for every layer that selects, in order.
+    request table and, unless the step is dense, claims pages to seal) and runs inside it:
+    `seal_claimed`, then `run_layer` for every layer of `serves`, in order.
 
     Args:
+        dense_layer_ids: layers that never select, with caches like those of the ones that do.
         max_context: most tokens of a request.
         heads_q, dim_v: HQ and DV of the layers that select, the same for all.
         q_dtype: dtype of the model's queries.
@@ -75,6 +79,7 @@ class TritonRuntime(TwilightRuntime):
         heads_q: int,
         dim_v: int,
         q_dtype: torch.dtype,
+        dense_layer_ids: Sequence[int] = (),
     ) -> None:
         super().__init__(config, kv_pool, layer_ids, num_request_slots)
         self._max_context = max_context
@@ -82,6 +87,10 @@ class TritonRuntime(TwilightRuntime):
         self._caches = {layer: self.cache_of(layer) for layer in layer_ids}
         self._keys = [self._caches[layer].keys for layer in layer_ids]
         self._key_pointers = layer_pointers(self._keys)
+        self._keys_values = {
+            layer: (self.keys_of(layer), self.values_of(layer))
+            for layer in (*layer_ids, *dense_layer_ids)
+        }
         heads_kv, dim = self._keys[0].shape[2:]
         self._layer_token_bytes = heads_kv * (dim + dim_v) * self._keys[0].element_size()
         device = self._keys[0].device
@@ -93,6 +102,7 @@ class TritonRuntime(TwilightRuntime):
         self._buffers: list[_Buffers] = []
         self._current: _Buffers | None = None
         self._plan: DecodePlan | None = None
+        self._is_dense = False  # whether no row of the step under way selects
         self._counts_rows = False  # whether the step under way writes row sums
 
     def reserve(self, max_batch: int) -> None:
@@ -122,10 +132,24 @@ class TritonRuntime(TwilightRuntime):
         if self.counters.tokens.is_cuda:
             self._stream = torch.cuda.current_stream()
 
+    def serves(self, layer_id: int) -> bool:
+        """Whether `run_layer` takes a layer."""
+        return layer_id in self._keys_values
+
     def begin_decode(
-        self, req_to_token: torch.Tensor, request_slots: torch.Tensor, seq_lens: torch.Tensor
+        self,
+        req_to_token: torch.Tensor,
+        request_slots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        dense: bool = False,
     ) -> DecodePlan:
-        """Snapshot a step's rows into static buffers and claim the pages it needs sealed."""
+        """Snapshot a step's rows into static buffers and claim the pages it needs sealed.
+
+        Args:
+            dense: no row selects, so no page is claimed.
+            Others: see `TwilightRuntime.begin_decode`.
+        """
         batch = request_slots.shape[0]
         buffers = self._current = self._buffers_for(batch)
         plan = buffers.plan(batch)
@@ -145,9 +169,9 @@ class TritonRuntime(TwilightRuntime):
             self.counters.pages,
             buffers.pages_reused,
             page_size=self.config.page_size,
-            min_context_tokens=self.config.min_context_tokens,
+            min_context_tokens=_NO_CONTEXT if dense else self.config.min_context_tokens,
         )
-        self._plan = plan
+        self._plan, self._is_dense = plan, dense
         return plan
 
     def seal_claimed(self) -> None:
@@ -178,13 +202,30 @@ class TritonRuntime(TwilightRuntime):
     ) -> torch.Tensor:
         """Attend in one layer: [B, HQ, D] queries to a new [B, HQ, DV] in their dtype.
 
+        A layer that never selects, or one of a dense step, attends to all tokens.
+
         Args:
             token: the step's keys and values where the cache does not hold them, see
                 `TritonDecode.run`.
         """
-        buffers, plan, row = self._current, self._plan, self.pool.row_of(layer_id)
+        buffers, plan = self._current, self._plan
         assert buffers is not None and plan is not None, "run_layer before begin_decode"
         out = torch.empty((*q.shape[:2], self._dim_v), dtype=q.dtype, device=q.device)
+        if self._is_dense or not self.pool.has_layer(layer_id):
+            attend_rows(
+                q,
+                *self._keys_values[layer_id],
+                plan.page_ids,
+                plan.seq_lens,
+                buffers.decode.attend_workspace,
+                out,
+                token,
+                sm_scale=sm_scale,
+                logit_cap=logit_cap,
+                sinks=sinks,
+            )
+            return out
+        row = self.pool.row_of(layer_id)
         buffers.decode.run(
             q,
             self._caches[layer_id],

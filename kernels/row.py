@@ -1,4 +1,4 @@
-"""What a row gets before its pages are chosen: its new token cached, or an output of zeros."""
+"""What every pipeline does to a row first: cache its new token, or give it an output of zeros."""
 
 import torch
 import triton
