@@ -1,14 +1,40 @@
-"""Dense decode attention of other libraries, as calls on a layer of the benchmark."""
+"""Dense decode attention, of other libraries and our own, as calls on a layer of the benchmark."""
 
 from collections.abc import Callable
 
 import torch
 
 from twilight_sgl.attention.plan import DecodePlan, LayerCache
+from twilight_sgl.kernels.attend.rows import attend_rows
+from twilight_sgl.kernels.attend.triton import AttendWorkspace
 
 Baseline = Callable[[torch.Tensor, LayerCache, DecodePlan, float], Callable[[], torch.Tensor]]
 _TRITON_KV_SPLITS = 8  # SGLang's default --triton-attention-num-kv-splits
 _FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
+
+
+def own_dense(
+    q: torch.Tensor, cache: LayerCache, plan: DecodePlan, sm_scale: float
+) -> Callable[[], torch.Tensor]:
+    """What our backend runs in layers and steps that do not select."""
+    heads_kv, dim_v = cache.values.shape[2:]
+    workspace = AttendWorkspace(q.shape[0], q.shape[1], heads_kv, dim_v, q.device)
+    out = torch.empty(*q.shape[:2], dim_v, dtype=q.dtype, device=q.device)
+
+    def call() -> torch.Tensor:
+        attend_rows(
+            q,
+            cache.keys,
+            cache.values,
+            plan.page_ids,
+            plan.seq_lens,
+            workspace,
+            out,
+            sm_scale=sm_scale,
+        )
+        return out
+
+    return call
 
 
 def fa3(

@@ -13,7 +13,7 @@ from twilight_sgl.attention.pipeline import decode_reference
 from twilight_sgl.attention.plan import DecodePlan, Selection
 from twilight_sgl.attention.selectors.boxes import SLACK
 from twilight_sgl.attention.triton_pipeline import TritonDecode
-from twilight_sgl.benchmark.baselines import BASELINES
+from twilight_sgl.benchmark.baselines import BASELINES, Baseline, own_dense
 from twilight_sgl.benchmark.checks import MAX_ERROR, check, first_row, relative_error
 from twilight_sgl.benchmark.planted import PAGE_SIZE, Layers, Shape, planted_layers, traced_layers
 from twilight_sgl.benchmark.plot import plot
@@ -33,6 +33,9 @@ SHAPES = (
     Shape("llama-3.1-8b", 32, 8, 128, 1, 32 << 10),
     Shape("llama-2-7b", 32, 32, 128, 64, 32 << 10),
     Shape("qwen2.5-0.5b", 14, 2, 64, 64, 32 << 10),
+    Shape("qwen2.5-0.5b", 14, 2, 64, 8, 28 << 10),
+    Shape("qwen2.5-0.5b", 14, 2, 64, 1, 28 << 10),
+    Shape("qwen2.5-0.5b", 14, 2, 64, 64, 1 << 10),
     Shape("llama-3.1-8b", 32, 8, 128, 64, 2 << 10),
     Shape("llama-3.1-8b", 32, 8, 128, 1, 2 << 10),
 )
@@ -84,36 +87,14 @@ def measure(
     if "wrong" in result:
         return result
 
-    def calls(decoder: TritonDecode, used: DecodePlan) -> list:
+    def calls(decoder: TritonDecode) -> list:
         return [
-            lambda q=q, cache=cache: decoder.run(q, cache, used, sm_scale=sm_scale)
+            lambda q=q, cache=cache: decoder.run(q, cache, plan, sm_scale=sm_scale)
             for q, cache in zip(layers.queries, layers.caches, strict=True)
         ]
 
-    stages = {}
-    per_layer = [
-        decode.stages(q, cache, plan, decode.out[: shape.batch], sm_scale=sm_scale)
-        for q, cache in zip(layers.queries, layers.caches, strict=True)
-    ]
-    total = time_calls(calls(decode, plan))
-    result["total"] = _row(total, sum(moved.values()), bandwidth)
-    for name in per_layer[0]:
-        timing = time_calls([stage[name] for stage in per_layer])
-        # One launch for all stages moves what they move.
-        stage_bytes = sum(moved.values()) if name == "decode" else moved.get(name)
-        stages[name] = _row(timing, stage_bytes, bandwidth)
-    result["stages"] = stages
     key_bytes = layers.caches[0].keys.element_size()
     dense_bytes = shape.batch * shape.context * shape.heads_kv * 2 * shape.dim * key_bytes
-    others: dict[str, object] = {}
-    dense_plan = _all_dense(plan)
-    others["own_dense"] = _row(time_calls(calls(decode, dense_plan)), dense_bytes, bandwidth)
-    if bool(plan.sparse[0]):
-        quest = _decoder(
-            shape, layers, dataclasses.replace(selection, selector="quest"), prune=False
-        )
-        others["quest_only"] = _row(time_calls(calls(quest, plan)), None, bandwidth)
-        del quest
     dense_row = decode_reference(
         layers.queries[0][:1],
         layers.caches[0],
@@ -121,14 +102,43 @@ def measure(
         selection,
         sm_scale=sm_scale,
     ).output
-    for name in baselines:
-        others[name] = _baseline(name, layers, sm_scale, dense_row, dense_bytes, bandwidth)
+
+    def dense(baseline: Baseline) -> dict[str, object]:
+        return _baseline(baseline, layers, sm_scale, dense_row, dense_bytes, bandwidth)
+
+    others: dict[str, object] = {}
+    own = dense(own_dense)
+    if "error" not in own:
+        return {**result, "wrong": f"own dense attention: {own}"}
+    if bool(plan.sparse[0]):
+        stages = {}
+        per_layer = [
+            decode.stages(q, cache, plan, decode.out[: shape.batch], sm_scale=sm_scale)
+            for q, cache in zip(layers.queries, layers.caches, strict=True)
+        ]
+        total = time_calls(calls(decode))
+        result["total"] = _row(total, sum(moved.values()), bandwidth)
+        for name in per_layer[0]:
+            timing = time_calls([stage[name] for stage in per_layer])
+            # One launch for all stages moves what they move.
+            stage_bytes = sum(moved.values()) if name == "decode" else moved.get(name)
+            stages[name] = _row(timing, stage_bytes, bandwidth)
+        result["stages"] = stages
+        others["own_dense"] = own
+        quest = _decoder(
+            shape, layers, dataclasses.replace(selection, selector="quest"), prune=False
+        )
+        others["quest_only"] = _row(time_calls(calls(quest)), None, bandwidth)
+        del quest
+    else:
+        result["total"], result["stages"] = own, {"rows": own}
+    others |= {name: dense(BASELINES[name]) for name in baselines}
     result["others"] = others
     return result
 
 
 def _baseline(
-    name: str,
+    baseline: Baseline,
     layers: Layers,
     sm_scale: float,
     dense_row: torch.Tensor,
@@ -138,7 +148,7 @@ def _baseline(
     # Planning and the first call compile, so both come before any timing.
     try:
         each = [
-            BASELINES[name](q, cache, layers.plan, sm_scale)
+            baseline(q, cache, layers.plan, sm_scale)
             for q, cache in zip(layers.queries, layers.caches, strict=True)
         ]
         error = relative_error(each[0]()[:1], dense_row)
