@@ -206,8 +206,8 @@ def test_a_run(
         assert row["command"].startswith("python -m twilight_sgl.benchmark decode --model-path")
         assert row["kv_tokens"] == 100_000
         assert row["tokens_per_s"] > 0
-        for name in ("ttft_cold_ms", "ttft_prefix_ms", "ttft_cached_ms"):
-            assert row[name]["samples"] == row["requests"]
+        samples = [row[f"ttft_{name}_ms"]["samples"] for name in ("cold", "prefix", "cached")]
+        assert samples == [row["requests"] * rounds for rounds in (1, 1, 8)]
         assert row["sglang"] and row["torch"]
         differs = row["backend"] == "twilight"
         assert row["agreement"] == {
@@ -223,9 +223,10 @@ def test_a_run(
     for server in (dense, ours):
         assert server.flushes == 2 * 2  # before the cold and the prefix pass of each load
         sizes = [len(body["input_ids"]) for body in server.requests]
-        assert sizes == [200, 200, 32, 200, 200, *[100] * 3, 32, *[100] * 6]
+        assert sizes == [200, 200, 32, 200, *[200] * 8, *[100] * 3, 32, *[100] * 27]
         limits = [body["sampling_params"]["max_new_tokens"] for body in server.requests]
-        assert limits == [8, 16, 1, 1, 64, *[16] * 3, 1, *[1] * 3, *[64] * 3]
+        once = [8, 16, 1, 1, 64, *[1] * 7]
+        assert limits == [*once, *[16] * 3, 1, *[1] * 3, *[64] * 3, *[1] * 21]
     assert [body["input_ids"] for body in dense.requests[:5]] == [
         body["input_ids"] for body in ours.requests[:5]
     ]
@@ -243,8 +244,9 @@ def test_few_requests_are_asked_again_for_their_first_token(
         )
     assert status == 0
     one, three = json.loads((tmp_path / "decode.json").read_text())
-    for name in ("ttft_cold_ms", "ttft_prefix_ms", "ttft_cached_ms"):
+    for name in ("ttft_cold_ms", "ttft_prefix_ms"):
         assert (one[name]["samples"], three[name]["samples"]) == (4, 6)
+    assert (one["ttft_cached_ms"]["samples"], three["ttft_cached_ms"]["samples"]) == (8, 24)
     assert dense.flushes == 2 * 4 + 2 * 2  # cold and prefix passes; the cached ones keep the cache
     assert one["steady_tokens"] > 0
 

@@ -56,6 +56,8 @@ from twilight_sgl.errors import TwilightError
 # --output-tokens until all have had theirs together.
 SLACK = 4
 CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
+# A cached first token is soon there, and depends on which requests happen to share a batch.
+CACHED_ROUNDS = 8
 WARM_UP_TOKENS = 8
 ENDING_SECONDS = 5.0  # from a broken connection to the end of the process, if that is why
 
@@ -80,9 +82,10 @@ class Benchmark:
         room = self.context_tokens - load.prompt_tokens - 1
         return min(SLACK * self.args.output_tokens, room)
 
-    def repeats(self, load: Load) -> int:
-        """How many times more a load is asked for first tokens, in each state of the cache."""
-        return -(-self.args.first_tokens // load.requests) - 1
+    def repeats(self, load: Load, *, all_cached: bool = False) -> int:
+        """How many times more a load is asked for first tokens, in one state of the cache."""
+        rounds = -(-self.args.first_tokens // load.requests)
+        return (max(rounds, CACHED_ROUNDS) if all_cached else rounds) - 1
 
     def interval(self, load: Load) -> int:
         """Tokens a chunk."""
@@ -114,7 +117,6 @@ class Benchmark:
         tokens, prefix_tokens = self.args.output_tokens, self.args.shared_prefix
         cold, prefix = {}, {}
         repeats: dict[str, dict[str, list[Stream]]] = {server.name: {} for server in servers}
-        more = self.repeats(load)
 
         async def first_tokens(server: Server, cached: list[list[int]] | None) -> list[Stream]:
             """Answers of one token, with nothing but `cached` cached; None leaves the cache."""
@@ -125,7 +127,8 @@ class Benchmark:
             return await _ask(server, generate(session, server.url, prompts, max_tokens=1))
 
         async def repeat(name: str, cached: list[list[int]] | None) -> None:
-            for _, server in itertools.product(range(more), servers):
+            more = range(self.repeats(load, all_cached=cached is None))
+            for _, server in itertools.product(more, servers):
                 progress.set_description(f"{load.name} {server.name}, first tokens, {name}")
                 answers = await first_tokens(server, cached)
                 repeats[server.name].setdefault(name, []).extend(answers)
@@ -324,8 +327,12 @@ def _run(args: argparse.Namespace) -> None:
     benchmark = Benchmark(args, _make_prompts(args, tokenizer), context)
     most = max(map(benchmark.most_tokens, args.loads))
     groups = _groups(args, names, urls, model, config, most, device)
-    states = 3 if args.shared_prefix else 2
-    passes = len(names) * states * sum(1 + benchmark.repeats(load) for load in args.loads)
+    others = 2 if args.shared_prefix else 1  # states of the cache but the one that holds all
+    rounds = (
+        others * (1 + benchmark.repeats(load)) + 1 + benchmark.repeats(load, all_cached=True)
+        for load in args.loads
+    )
+    passes = len(names) * sum(rounds)
     back = [dict(reversed(group.items())) for group in reversed(groups)]
     for group in itertools.chain.from_iterable(
         back if start % 2 else groups for start in range(args.starts)
