@@ -1,4 +1,4 @@
-"""A second decode graph for every batch size, without Twilight, for steps that cost less dense."""
+"""A second decode graph for every batch size, without selection, for steps that cost less dense."""
 
 import dataclasses
 from typing import Any

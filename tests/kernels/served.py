@@ -88,7 +88,7 @@ class Served:
 
     def counted(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the last step's layers wrote: candidate and kept [L, B, HK], masses [L, B, HK]."""
-        buffers = self.runtime._buffers_for(batch)
+        buffers = self.runtime._buffers_for(batch, selects=True)
         tensors = (buffers.candidate_tokens, buffers.kept_tokens, buffers.masses)
         candidates, kept, masses = (tensor[:, :batch].cpu() for tensor in tensors)
         return candidates, kept, masses.unflatten(2, (HEADS_KV, -1)).double().mean(-1)

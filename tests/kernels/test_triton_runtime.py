@@ -129,6 +129,22 @@ def test_what_does_not_select_attends_to_all(dense: bool) -> None:
     assert not runtime.serves(0)
 
 
+def test_dense_steps_of_many_rows_need_no_workspaces_of_selection() -> None:
+    served = Served()
+    slots, lengths = [1, 2] * 5, [5 * PS, 7 * PS] * 5  # more rows than were reserved
+    rows = torch.tensor(slots, device=DEVICE), torch.tensor(lengths, device=DEVICE)
+    q = torch.randn((10, *served.q.shape[1:]), device=DEVICE).to(served.q.dtype)
+    outputs = []
+    for dense in (True, False, True):
+        served.runtime.begin_decode(served.table, *rows, dense=dense)
+        assert (served.runtime._buffers[-1].decode is None) == (dense and not outputs)
+        out = served.runtime.run_layer(DENSE_LAYER, q, sm_scale=0.125, logit_cap=0.0, sinks=None)
+        outputs.append(out)
+    assert len(served.runtime._buffers) == 2
+    assert outputs[0].equal(outputs[1]) and outputs[0].equal(outputs[2])
+    assert outputs[0].isfinite().all()
+
+
 def test_without_a_pruner_all_mass_is_kept() -> None:
     served = Served(pruner="none")
     served.step([1, 2], [COLUMNS // 2 * PS, COLUMNS * PS - 1])

@@ -13,6 +13,7 @@ from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.kernels.attend.rows import attend_rows
+from twilight_sgl.kernels.attend.triton import AttendWorkspace
 from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.kernels.count.triton import IDLE_CLOCK, count_step
 from twilight_sgl.kernels.plan.triton import plan_and_claim
@@ -25,13 +26,27 @@ _NO_CONTEXT = torch.iinfo(torch.int32).max  # tokens, more than a request can ha
 
 
 class _Buffers:
-    """What a step of up to `max_batch` rows writes, at addresses that a CUDA graph may keep."""
+    """What a step of up to `max_batch` rows writes, at addresses that a CUDA graph may keep.
 
-    def __init__(self, layers: int, decode: TritonDecode) -> None:
-        device = decode.out.device
-        max_batch, columns = decode.max_batch, decode.columns
-        heads_kv, heads_q = decode.counts.shape[1], decode.masses.shape[1]
+    Attributes:
+        decode: runs the layers that select; None until a step of so many rows does, for its
+            workspaces are large.
+        workspace: of attention.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        max_batch: int,
+        columns: int,
+        heads_q: int,
+        heads_kv: int,
+        workspace: AttendWorkspace,
+        device: torch.device,
+    ) -> None:
         self.max_batch = max_batch
+        self.workspace = workspace
+        self.decode: TritonDecode | None = None
         self.page_ids = torch.zeros((max_batch, columns), dtype=torch.int32, device=device)
         self.lengths = torch.zeros(max_batch, dtype=torch.int32, device=device)
         self.p = torch.ones(max_batch, dtype=torch.float32, device=device)
@@ -43,7 +58,6 @@ class _Buffers:
         self.pages_reused = torch.zeros(max_batch, dtype=torch.int32, device=device)
         row_sums = (max_batch, len(ROW_SUMS))
         self.row_sums = torch.zeros(row_sums, dtype=torch.float64, device=device)
-        self.decode = decode
         self._plans: dict[int, DecodePlan] = {}  # views are made once for each batch size
 
     def plan(self, batch: int) -> DecodePlan:
@@ -110,7 +124,7 @@ class TritonRuntime(TwilightRuntime):
 
         A larger eager batch gets buffers of its own when one first comes.
         """
-        self._buffers_for(max_batch)
+        self._buffers_for(max_batch, selects=True)
 
     def is_faster_dense(self, seq_lens: torch.Tensor | None) -> bool:
         """Whether a step's KV cache is too small for selection to pay.
@@ -151,7 +165,7 @@ class TritonRuntime(TwilightRuntime):
             Others: see `TwilightRuntime.begin_decode`.
         """
         batch = request_slots.shape[0]
-        buffers = self._current = self._buffers_for(batch)
+        buffers = self._current = self._buffers_for(batch, selects=not dense)
         plan = buffers.plan(batch)
         plan_and_claim(
             req_to_token,
@@ -217,7 +231,7 @@ class TritonRuntime(TwilightRuntime):
                 *self._keys_values[layer_id],
                 plan.page_ids,
                 plan.seq_lens,
-                buffers.decode.attend_workspace,
+                buffers.workspace,
                 out,
                 token,
                 sm_scale=sm_scale,
@@ -225,6 +239,7 @@ class TritonRuntime(TwilightRuntime):
                 sinks=sinks,
             )
             return out
+        assert buffers.decode is not None
         row = self.pool.row_of(layer_id)
         buffers.decode.run(
             q,
@@ -262,14 +277,20 @@ class TritonRuntime(TwilightRuntime):
         self._counts_rows = False
         return super().take_row_sums()
 
-    def _buffers_for(self, batch: int) -> _Buffers:
-        for buffers in self._buffers:
-            if batch <= buffers.max_batch:
-                return buffers
-        max_batch = triton.next_power_of_2(batch)
+    def _buffers_for(self, batch: int, *, selects: bool) -> _Buffers:
+        """Buffers for so many rows; with the workspaces of selection where a row `selects`."""
+        fitting = [buffers for buffers in self._buffers if batch <= buffers.max_batch]
+        if fitting and (fitting[0].decode is not None or not selects):
+            return fitting[0]
+        max_batch = fitting[0].max_batch if fitting else triton.next_power_of_2(batch)
         before = torch.cuda.memory_allocated()
         try:
-            self._buffers.append(self._allocate(max_batch))
+            if not fitting:
+                fitting.append(self._allocate(max_batch))
+                self._buffers.append(fitting[0])
+            if selects:
+                fitting[0].decode = self._allocate_decode(max_batch)
+                fitting[0].workspace = fitting[0].decode.attend_workspace
         except torch.OutOfMemoryError as error:
             raise TwilightError(
                 f"no GPU memory is left for the workspaces of {max_batch} requests of up to "
@@ -281,12 +302,26 @@ class TritonRuntime(TwilightRuntime):
             max_batch,
             (torch.cuda.memory_allocated() - before) / 1e9,
         )
-        return self._buffers[-1]
+        return fitting[0]
 
     def _allocate(self, max_batch: int) -> _Buffers:
         keys = self._keys[0]
+        heads_kv, device = keys.shape[2], keys.device
+        shape = (max_batch, self._heads_q, heads_kv, self._dim_v)
+        return _Buffers(
+            len(self._keys),
+            max_batch,
+            triton.cdiv(self._max_context, self.config.page_size),
+            self._heads_q,
+            heads_kv,
+            AttendWorkspace(*shape, device),
+            device,
+        )
+
+    def _allocate_decode(self, max_batch: int) -> TritonDecode:
+        keys = self._keys[0]
         heads_kv, dim = keys.shape[2:]
-        decode = TritonDecode(
+        return TritonDecode(
             max_batch=max_batch,
             max_context=self._max_context,
             heads_q=self._heads_q,
@@ -299,4 +334,3 @@ class TritonRuntime(TwilightRuntime):
             device=keys.device,
             prune=self.selection.pruner == "top_p",
         )
-        return _Buffers(len(self._keys), decode)
