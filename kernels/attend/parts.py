@@ -153,6 +153,70 @@ def merge_partials(
 
 
 @triton.jit
+def merge_together(
+    partial_ptr,
+    partial_stats_ptr,
+    group_sinks_ptr,
+    out_group_ptr,
+    arrivals_ptr,
+    first_program,
+    split,
+    splits,
+    stride_out_head,
+    LOG2E: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    G: tl.constexpr,
+    G_ROWS: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    MERGERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Wait for all splits of a (request, KV head), and merge the query heads dealt to this one.
+
+    They are dealt to the last MERGERS splits: to the last alone where programs run one by one.
+    Every split comes with its partial result, numbered as for `merge_partials`, before it waits.
+    """
+    while tl.atomic_add(arrivals_ptr, 0, sem="acquire") < splits:
+        pass
+    tl.debug_barrier()
+    of_block = tl.arange(0, BLOCK)
+    channel = tl.arange(0, DV_PAD)
+    mergers = tl.minimum(splits, MERGERS)
+    for member in range(splits - 1 - split, G, mergers):
+        top = -float("inf")
+        total = 0.0
+        if HAS_SINKS:
+            top = tl.load(group_sinks_ptr + member).to(tl.float32) * LOG2E
+            total = 1.0
+        result = tl.zeros([DV_PAD], tl.float32)
+        for first in range(0, splits, BLOCK):
+            one = first + of_block
+            number = (first_program + one) * 2 + (one == 0).to(tl.int32)
+            stats_ptr = partial_stats_ptr + number * (2 * G_ROWS) + member
+            most = tl.load(stats_ptr, one < splits, other=-float("inf"), cache_modifier=".cg")
+            sums = tl.load(stats_ptr + G_ROWS, one < splits, other=0.0, cache_modifier=".cg")
+            values_ptr = partial_ptr + (number * G_ROWS + member)[:, None] * DV_PAD
+            values = tl.load(
+                values_ptr + channel[None, :],
+                (one < splits)[:, None] & (channel[None, :] < DV),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_top = tl.maximum(top, tl.max(most, 0))
+            decay = tl.exp2(top - new_top)
+            weight = tl.exp2(most - new_top)
+            total = total * decay + tl.sum(sums * weight, 0)
+            result = result * decay + tl.sum(values * weight[:, None], 0)
+            top = new_top
+        out = (result / total).to(out_group_ptr.dtype.element_ty)
+        tl.store(out_group_ptr + member * stride_out_head + channel, out, channel < DV)
+    # Who leaves last has nobody behind it that still looks at the count.
+    if tl.atomic_add(arrivals_ptr, 1, sem="relaxed") == splits + mergers - 1:
+        tl.store(arrivals_ptr, 0)
+
+
+@triton.jit
 def store_group(
     out_ptr,
     sinks_ptr,

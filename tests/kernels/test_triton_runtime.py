@@ -141,6 +141,8 @@ def test_dense_steps_of_many_rows_need_no_workspaces_of_selection() -> None:
         out = served.runtime.run_layer(DENSE_LAYER, q, sm_scale=0.125, logit_cap=0.0, sinks=None)
         outputs.append(out)
     assert len(served.runtime._buffers) == 2
+    for buffers in served.runtime._buffers:
+        assert buffers.decode is not None and buffers.decode.attend_workspace is buffers.workspace
     assert outputs[0].equal(outputs[1]) and outputs[0].equal(outputs[2])
     assert outputs[0].isfinite().all()
 

@@ -4,8 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 
-from twilight_sgl.attention.backend import longest_context
+from twilight_sgl.attention.backend import (
+    TritonAttnBackend,
+    TwilightAttnBackend,
+    full_attention_layers,
+    longest_context,
+    selecting_layers,
+)
+from twilight_sgl.config import TwilightConfig
 
 
 @pytest.mark.parametrize(
@@ -20,3 +28,20 @@ def test_spare_columns_of_the_table_are_no_context(
         model_config=SimpleNamespace(context_len=context_len),
     )
     assert longest_context(runner) == longest
+
+
+@pytest.mark.parametrize("windows", [(-1, -1, -1), (-1, 128, -1)], ids=["full", "window"])
+def test_layers_without_a_kernel_of_ours_are_the_stock_backends(
+    windows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [
+        RadixAttention(4, 8, 0.5, 2, layer_id, sliding_window_size=window)
+        for layer_id, window in enumerate(windows)
+    ]
+    model = torch.nn.ModuleList(reversed(layers))
+    full = full_attention_layers(model)
+    assert list(full) == [layer for layer, window in enumerate(windows) if window < 0]
+    assert list(selecting_layers(model, TwilightConfig(skip_layers=(0,)))) == list(full)[1:]
+    monkeypatch.setattr(TwilightAttnBackend, "__init__", lambda *_: None)
+    runner, runtime = SimpleNamespace(model=model), SimpleNamespace(serves=full.__contains__)
+    assert TritonAttnBackend(runner, runtime).has_stock_layers == (128 in windows)

@@ -86,6 +86,7 @@ class TritonDecode:
         top_p_steps: halvings of the search for the threshold, see `top_p_thresholds`.
         one_launch: whether to run `decode_layer` instead of a launch a stage; None chooses the
             faster of the two for each batch.
+        attend_workspace: for so many rows, where other kernels of the stream use one too.
 
     Raises:
         ValueError: the shape or the selector is not supported.
@@ -108,6 +109,7 @@ class TritonDecode:
         logits_dtype: torch.dtype = torch.float16,
         top_p_steps: int = BISECTION_STEPS,
         one_launch: bool | None = None,
+        attend_workspace: AttendWorkspace | None = None,
     ) -> None:
         device = torch.device(device)
         ok, reason = supports(
@@ -159,7 +161,9 @@ class TritonDecode:
             self.columns, selection.budget, page_size, selection.min_candidate_tokens, device
         )
         self.out = empty(max_batch, heads_q, dim_v, dtype=q_dtype)
-        self.attend_workspace = AttendWorkspace(max_batch, heads_q, heads_kv, dim_v, device)
+        self.attend_workspace = attend_workspace or AttendWorkspace(
+            max_batch, heads_q, heads_kv, dim_v, device
+        )
         self.masses = torch.ones((max_batch, heads_q), device=device)
         self.logits = self.thresholds = self.q_codes = self.q_scale_sum = self.middles = None
         self.kept_token_slots = self.chunk_counts = None

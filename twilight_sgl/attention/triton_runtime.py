@@ -31,7 +31,7 @@ class _Buffers:
     Attributes:
         decode: runs the layers that select; None until a step of so many rows does, for its
             workspaces are large.
-        workspace: of attention.
+        workspace: of attention, whether rows select or not.
     """
 
     def __init__(
@@ -289,8 +289,7 @@ class TritonRuntime(TwilightRuntime):
                 fitting.append(self._allocate(max_batch))
                 self._buffers.append(fitting[0])
             if selects:
-                fitting[0].decode = self._allocate_decode(max_batch)
-                fitting[0].workspace = fitting[0].decode.attend_workspace
+                fitting[0].decode = self._allocate_decode(max_batch, fitting[0].workspace)
         except torch.OutOfMemoryError as error:
             raise TwilightError(
                 f"no GPU memory is left for the workspaces of {max_batch} requests of up to "
@@ -318,7 +317,7 @@ class TritonRuntime(TwilightRuntime):
             device,
         )
 
-    def _allocate_decode(self, max_batch: int) -> TritonDecode:
+    def _allocate_decode(self, max_batch: int, workspace: AttendWorkspace) -> TritonDecode:
         keys = self._keys[0]
         heads_kv, dim = keys.shape[2:]
         return TritonDecode(
@@ -333,4 +332,5 @@ class TritonRuntime(TwilightRuntime):
             cache_dtype=keys.dtype,
             device=keys.device,
             prune=self.selection.pruner == "top_p",
+            attend_workspace=workspace,
         )

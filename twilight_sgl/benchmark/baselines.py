@@ -16,7 +16,7 @@ _FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 def own_dense(
     q: torch.Tensor, cache: LayerCache, plan: DecodePlan, sm_scale: float
 ) -> Callable[[], torch.Tensor]:
-    """What our backend runs in layers and steps that do not select."""
+    """What our backend runs where nothing selects, without the new keys and values it writes."""
     heads_kv, dim_v = cache.values.shape[2:]
     workspace = AttendWorkspace(q.shape[0], q.shape[1], heads_kv, dim_v, q.device)
     out = torch.empty(*q.shape[:2], dim_v, dtype=q.dtype, device=q.device)
