@@ -75,7 +75,7 @@ PATCHES = [
         "sglang.srt.model_executor.model_runner.ModelRunner.forward",
         "after",
         _add_sums,
-        "the step's sums must be copied before the next step overwrites them",
+        "a step's sums belong to its output",
         ("self", "forward_batch"),
     ),
     Patch(

@@ -123,12 +123,14 @@ def _count_kernel(
     kept_mass_ptr,
     sparse_rows_ptr,
     row_sums_ptr,
+    turn_ptr,
     clock_ptr,
     nanoseconds_ptr,
     layers,
     batch,
     stride_counts,
     stride_masses,
+    stride_turn,
     HK: tl.constexpr,
     G: tl.constexpr,
     HK_PAD: tl.constexpr,
@@ -174,7 +176,7 @@ def _count_kernel(
             lengths_ptr,
             sparse_ptr,
             pages_reused_ptr,
-            row_sums_ptr,
+            row_sums_ptr + tl.load(turn_ptr) * stride_turn,
             layers,
             stride_counts,
             stride_masses,
@@ -197,6 +199,7 @@ def count_step(
     kept_mass: torch.Tensor,
     sparse_rows: torch.Tensor,
     row_sums: torch.Tensor,
+    turn: torch.Tensor,
     clock: torch.Tensor | None = None,
     nanoseconds: torch.Tensor | None = None,
 ) -> None:
@@ -205,6 +208,9 @@ def count_step(
     A program owns each layer's totals and one each row's sums, so nothing depends on their order.
 
     Args:
+        row_sums: [T, >= B, 5] float64, on the device or pinned on the host: what
+            `reference.count_step` writes, at this step's turn.
+        turn: [1] int32, below T.
         clock: [2] int64, when `seal_pages` first began and last ended since it was read, in
             nanoseconds; read and set back to `IDLE_CLOCK`. None counts no time.
         nanoseconds: [1] int64, increased by the time between the two.
@@ -226,12 +232,14 @@ def count_step(
         kept_mass,
         sparse_rows,
         row_sums,
+        turn,
         clock,
         nanoseconds,
         layers,
         batch,
         kept_tokens.stride(0),
         masses.stride(0),
+        row_sums.stride(0),
         HK=heads_kv,
         G=group,
         HK_PAD=pads[0],

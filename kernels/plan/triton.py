@@ -7,7 +7,7 @@ import triton.language as tl
 _BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["turn"])
 def _plan_kernel(
     req_to_token_ptr,
     request_slots_ptr,
@@ -23,6 +23,8 @@ def _plan_kernel(
     num_claimed_ptr,
     totals_ptr,
     reused_ptr,
+    turn_ptr,
+    turn,
     stride_table,
     stride_pages,
     min_context_tokens,
@@ -30,6 +32,8 @@ def _plan_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    if row == 0:
+        tl.store(turn_ptr, turn)
     slot = tl.load(request_slots_ptr + row).to(tl.int64)
     length = tl.where(slot > 0, tl.load(seq_lens_ptr + row), 0).to(tl.int32)
     p = tl.load(p_of_slot_ptr + slot)
@@ -83,9 +87,11 @@ def plan_and_claim(
     num_claimed: torch.Tensor,
     totals: torch.Tensor,
     pages_reused: torch.Tensor,
+    turn: torch.Tensor,
     *,
     page_size: int,
     min_context_tokens: int,
+    this_turn: int,
 ) -> None:
     """Snapshot rows as `reference.plan_rows` does, and claim the full pages without a summary.
 
@@ -102,6 +108,7 @@ def plan_and_claim(
         claimed_page_ids: [P] int32, appended to from num_claimed, [1] int32, on.
         totals: [2] int64, increased: pages claimed, and pages that rows in their first sparse
             step did not have to claim; pages_reused: [>= B] int32, written: the latter by row.
+        turn: [1] int32, set to this_turn, for the kernels of the step's graph to read.
     """
     _plan_kernel[(request_slots.shape[0],)](
         req_to_token,
@@ -118,6 +125,8 @@ def plan_and_claim(
         num_claimed,
         totals,
         pages_reused,
+        turn,
+        this_turn,
         req_to_token.stride(0),
         page_ids.stride(0),
         min_context_tokens,

@@ -56,6 +56,7 @@ def test_plan_and_claim(name: str, min_context: int) -> None:
     num_claimed = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     totals = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     pages_reused = torch.full((batch + 1,), -7, dtype=torch.int32, device=DEVICE)
+    turn = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
     expected = plan_rows(
         req_to_token, slots, seq_lens, p_of_slot, page_size=PS, min_context_tokens=min_context
@@ -81,9 +82,12 @@ def test_plan_and_claim(name: str, min_context: int) -> None:
         num_claimed,
         totals,
         pages_reused,
+        turn,
         page_size=PS,
         min_context_tokens=min_context,
+        this_turn=3,
     )
+    assert turn.item() == 3
     assert lengths[:batch].tolist() == expected[1].tolist()
     assert p[:batch].tolist() == expected[2].tolist()
     assert sparse[:batch].tolist() == expected[3].tolist()

@@ -101,6 +101,19 @@ def test_a_slot_given_to_another_request_starts_anew() -> None:
     assert (first[0, 4], second[0, 4]) == (0, 6)
 
 
+def test_row_sums_outlive_the_steps_that_overlap() -> None:
+    served, taken = Served(), []
+    for length in (5 * PS, 6 * PS, 4 * PS):
+        served.runtime.begin_step(dense=False)
+        served.plan([1], [length])
+        served.decode(1)
+        taken.append(served.runtime.take_row_sums())
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    contexts = [5 * PS, 6 * PS, 4 * PS]
+    assert [sums[0, 0] for sums in taken] == [n * len(LAYERS) * HEADS_KV for n in contexts]
+
+
 def test_dense_steps_have_no_row_sums() -> None:
     served = Served()
     served.step([1], [6 * PS])

@@ -186,6 +186,7 @@ def test_a_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(decode, "SOON_TOKENS", 0)
     with StreamingServer() as dense, StreamingServer(sparse=True, wrong_from=4) as ours:
         status = benchmark(
             monkeypatch,
@@ -235,6 +236,7 @@ def test_a_run(
 def test_few_requests_are_asked_again_for_their_first_token(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decode, "SOON_TOKENS", 250)
     with StreamingServer() as dense:
         status = benchmark(
             monkeypatch,
@@ -245,9 +247,9 @@ def test_few_requests_are_asked_again_for_their_first_token(
     assert status == 0
     one, three = json.loads((tmp_path / "decode.json").read_text())
     for name in ("ttft_cold_ms", "ttft_prefix_ms"):
-        assert (one[name]["samples"], three[name]["samples"]) == (4, 6)
+        assert (one[name]["samples"], three[name]["samples"]) == (8, 6)
     assert (one["ttft_cached_ms"]["samples"], three["ttft_cached_ms"]["samples"]) == (8, 24)
-    assert dense.flushes == 2 * 4 + 2 * 2  # cold and prefix passes; the cached ones keep the cache
+    assert dense.flushes == 2 * 8 + 2 * 2  # cold and prefix passes; the cached ones keep the cache
     assert one["steady_tokens"] > 0
 
 

@@ -64,7 +64,15 @@ class Runner:
     ],
 )
 def test_steps_too_small_are_dense(lengths: list[int], settings: dict, dense: bool) -> None:
-    assert runtime(**settings).is_faster_dense(torch.tensor(lengths)) is dense
+    made = runtime(**settings)
+    assert made.is_faster_dense(torch.tensor(lengths)) is dense
+    assert made.is_faster_dense(torch.tensor(lengths), sum(lengths)) is dense
+
+
+@pytest.mark.parametrize(("tokens", "dense"), [(10_000, True), (120_000, False)])
+def test_most_steps_are_told_by_their_sum(tokens: int, dense: bool) -> None:
+    unread = torch.tensor([0, 0])
+    assert runtime().is_faster_dense(unread, tokens) is dense
 
 
 def test_data_parallel_ranks_replay_the_same_graph() -> None:
@@ -135,12 +143,12 @@ def test_both_graphs_of_a_batch_size_read_one_plan_of_the_stock_backend(
     made.runtime = SimpleNamespace(
         begin_step=lambda dense: begun.append(dense),
         begin_decode=lambda *rows, dense: ours.append(dense),
-        is_faster_dense=lambda lengths: True,
+        is_faster_dense=lambda lengths, total: True,
     )
     made.req_to_token_pool = SimpleNamespace(req_to_token=None)
 
     def batch(size: int, **view: Any) -> SimpleNamespace:
-        rows = {"seq_lens_cpu": None, "seq_lens": None, "req_pool_indices": None}
+        rows = dict.fromkeys(("seq_lens_cpu", "seq_lens_sum", "seq_lens", "req_pool_indices"))
         return SimpleNamespace(batch_size=size, forward_mode=ForwardMode.DECODE, **rows, **view)
 
     for size in (4, 2):

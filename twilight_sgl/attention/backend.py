@@ -155,8 +155,7 @@ class TritonAttnBackend(TwilightAttnBackend):
         if self.has_stock_layers or not forward_batch.forward_mode.is_decode():
             self.dense.init_forward_metadata(forward_batch)
         if forward_batch.forward_mode.is_decode():
-            lengths = forward_batch.seq_lens_cpu
-            self.dense_step = self.wants_dense_graphs and self.runtime.is_faster_dense(lengths)
+            self.dense_step = self.wants_dense_graphs and self._is_faster_dense(forward_batch)
             self._begin(forward_batch)
             if not self.dense_step:
                 self.runtime.seal_claimed()
@@ -172,8 +171,7 @@ class TritonAttnBackend(TwilightAttnBackend):
         if in_capture:
             self.dense_step = self.captures_dense
         else:
-            lengths = forward_batch.seq_lens_cpu
-            self.dense_step = self.has_dense_graphs and self.runtime.is_faster_dense(lengths)
+            self.dense_step = self.has_dense_graphs and self._is_faster_dense(forward_batch)
         self._begin(forward_batch, in_capture=in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
@@ -229,6 +227,9 @@ class TritonAttnBackend(TwilightAttnBackend):
         It saves the launch that SGLang writes them by, which converts and scales too.
         """
         return new.dtype == self.token_to_kv_pool.dtype and new[:1].is_contiguous()
+
+    def _is_faster_dense(self, forward_batch: Any) -> bool:
+        return self.runtime.is_faster_dense(forward_batch.seq_lens_cpu, forward_batch.seq_lens_sum)
 
     def _begin(self, forward_batch: Any, in_capture: bool = False) -> None:
         # A rank that replays beside others without a request of its own shows it as a decode.

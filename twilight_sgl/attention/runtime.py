@@ -208,18 +208,14 @@ class TwilightRuntime:
         return RequestReport(req, p, self.counters.kept_mass.numel())
 
     def take_row_sums(self) -> torch.Tensor | None:
-        """The last step's sums of each row, once, on the way to the host.
+        """The last step's sums of each row, once.
 
         Returns:
-            [B, 5] float64, `kernels.count.reference.ROW_SUMS`; None if no row of the step was
-            sparse, or where requests get no report. On a GPU the copy is in flight on the current
-            stream, so read it only after that has been synchronised with, as SGLang does before it
-            looks at a step's tokens.
+            [B, 5] float64 on the host, `kernels.count.reference.ROW_SUMS`; None if no row of the
+            step was sparse, or where requests get no report.
         """
         sums, self._row_sums = self._row_sums, None
-        if sums is None or not self.reports_requests:
-            return None
-        return sums.to("cpu", non_blocking=True, copy=True)
+        return sums if self.reports_requests else None
 
     def run_audit(self) -> list[Violation]:
         """Check the seal invariant now; count, log and unseal the pages that break it."""

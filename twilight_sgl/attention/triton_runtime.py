@@ -23,6 +23,7 @@ from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 logger = logging.getLogger(__name__)
 
 _NO_CONTEXT = torch.iinfo(torch.int32).max  # tokens, more than a request can have
+_TURNS = 4  # steps whose row sums are kept: SGLang reads a step's while the next one runs
 
 
 class _Buffers:
@@ -32,6 +33,9 @@ class _Buffers:
         decode: runs the layers that select; None until a step of so many rows does, for its
             workspaces are large.
         workspace: of attention, whether rows select or not.
+        row_sums: [_TURNS, B, 5] pinned on the host, where the GPU writes them: a copy of their own
+            would take a launch and the host's time in each step.
+        turn: [1], the one of `row_sums` that the step under way writes.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class _Buffers:
         self.kept_tokens = torch.zeros(counts, dtype=torch.int32, device=device)
         self.masses = torch.ones((layers, max_batch, heads_q), device=device)
         self.pages_reused = torch.zeros(max_batch, dtype=torch.int32, device=device)
-        row_sums = (max_batch, len(ROW_SUMS))
-        self.row_sums = torch.zeros(row_sums, dtype=torch.float64, device=device)
+        row_sums = (_TURNS, max_batch, len(ROW_SUMS))
+        pinned = device.type == "cuda"
+        self.row_sums = torch.zeros(row_sums, dtype=torch.float64, pin_memory=pinned)
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         self._plans: dict[int, DecodePlan] = {}  # views are made once for each batch size
 
     def plan(self, batch: int) -> DecodePlan:
@@ -118,6 +124,8 @@ class TritonRuntime(TwilightRuntime):
         self._plan: DecodePlan | None = None
         self._is_dense = False  # whether no row of the step under way selects
         self._counts_rows = False  # whether the step under way writes row sums
+        self._turn = 0
+        self._raw_stream: int | None = None  # handle of `_stream`
 
     def reserve(self, max_batch: int) -> None:
         """Allocate for batches of up to max_batch rows, as the largest graph has.
@@ -126,17 +134,26 @@ class TritonRuntime(TwilightRuntime):
         """
         self._buffers_for(max_batch, selects=True)
 
-    def is_faster_dense(self, seq_lens: torch.Tensor | None) -> bool:
+    def is_faster_dense(self, seq_lens: torch.Tensor | None, total: int | None = None) -> bool:
         """Whether a step's KV cache is too small for selection to pay.
 
         Args:
             seq_lens: [B] tokens of each request on the host; None where they are not known.
+            total: their sum, if known, which mostly decides without a look at each.
         """
         if seq_lens is None:
             return False
+        least = self.config.min_context_tokens
+        if total is not None and self._is_small(total):
+            return True
+        if total is not None and not self._is_small(total - len(seq_lens) * max(least - 1, 0)):
+            return False
         lengths = seq_lens.numpy()
-        tokens = int(lengths[lengths >= self.config.min_context_tokens].sum())
-        return tokens == 0 or tokens * self._layer_token_bytes < self.config.min_step_mb * 1e6
+        return self._is_small(int(lengths[lengths >= least].sum()))
+
+    def _is_small(self, tokens: int) -> bool:
+        """Whether so many tokens of requests that may select are too few to."""
+        return tokens <= 0 or tokens * self._layer_token_bytes < self.config.min_step_mb * 1e6
 
     def begin_step(self, *, dense: bool) -> None:
         """Count a decode step, and audit when it is time, before it is planned."""
@@ -144,7 +161,9 @@ class TritonRuntime(TwilightRuntime):
         self.dense_steps += dense
         self._counts_rows = self.config.telemetry and not dense
         if self.counters.tokens.is_cuda:
-            self._stream = torch.cuda.current_stream()
+            raw = torch._C._cuda_getCurrentRawStream(self.counters.tokens.get_device())
+            if raw != self._raw_stream:  # the stream as an object costs microseconds
+                self._raw_stream, self._stream = raw, torch.cuda.current_stream()
 
     def serves(self, layer_id: int) -> bool:
         """Whether `run_layer` takes a layer."""
@@ -167,6 +186,7 @@ class TritonRuntime(TwilightRuntime):
         batch = request_slots.shape[0]
         buffers = self._current = self._buffers_for(batch, selects=not dense)
         plan = buffers.plan(batch)
+        self._turn = (self._turn + 1) % _TURNS
         plan_and_claim(
             req_to_token,
             request_slots,
@@ -182,8 +202,10 @@ class TritonRuntime(TwilightRuntime):
             self._num_claimed,
             self.counters.pages,
             buffers.pages_reused,
+            buffers.turn,
             page_size=self.config.page_size,
             min_context_tokens=_NO_CONTEXT if dense else self.config.min_context_tokens,
+            this_turn=self._turn,
         )
         self._plan, self._is_dense = plan, dense
         return plan
@@ -265,15 +287,20 @@ class TritonRuntime(TwilightRuntime):
                 self.counters.kept_mass,
                 self.counters.sparse_rows,
                 buffers.row_sums,
+                buffers.turn,
                 self._sealing_clock,
                 self.counters.sealing_nanoseconds,
             )
         return out
 
     def take_row_sums(self) -> torch.Tensor | None:
-        """See `TwilightRuntime.take_row_sums`; rows of dense requests are 0."""
+        """See `TwilightRuntime.take_row_sums`; rows of dense requests are 0.
+
+        The GPU may not have written them yet: read them once the step is known to have ended, as
+        SGLang knows before it looks at a step's tokens, and before four more are planned.
+        """
         if self._counts_rows and self._current is not None and self._plan is not None:
-            self._row_sums = self._current.row_sums[: len(self._plan.sparse)]
+            self._row_sums = self._current.row_sums[self._turn, : len(self._plan.sparse)]
         self._counts_rows = False
         return super().take_row_sums()
 

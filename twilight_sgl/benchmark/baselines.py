@@ -16,8 +16,11 @@ _FLASHINFER_WORKSPACE_BYTES = 128 << 20  # what its documentation recommends
 def own_dense(
     q: torch.Tensor, cache: LayerCache, plan: DecodePlan, sm_scale: float
 ) -> Callable[[], torch.Tensor]:
-    """What our backend runs where nothing selects, without the new keys and values it writes."""
-    heads_kv, dim_v = cache.values.shape[2:]
+    """What our backend runs where nothing selects; it writes each row's newest token, as it is."""
+    page_size, heads_kv, dim_v = cache.values.shape[1:]
+    newest = plan.seq_lens.long() - 1
+    page = plan.page_ids.gather(1, (newest // page_size).unsqueeze(1)).squeeze(1).long()
+    token = cache.keys[page, newest % page_size], cache.values[page, newest % page_size]
     workspace = AttendWorkspace(q.shape[0], q.shape[1], heads_kv, dim_v, q.device)
     out = torch.empty(*q.shape[:2], dim_v, dtype=q.dtype, device=q.device)
 
@@ -30,6 +33,7 @@ def own_dense(
             plan.seq_lens,
             workspace,
             out,
+            token,
             sm_scale=sm_scale,
         )
         return out

@@ -56,8 +56,9 @@ from twilight_sgl.errors import TwilightError
 # --output-tokens until all have had theirs together.
 SLACK = 4
 CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
-# A cached first token is soon there, and depends on which requests happen to share a batch.
-CACHED_ROUNDS = 8
+# A first token that is soon there depends on which requests happen to share a batch.
+LEAST_ROUNDS = 8
+SOON_TOKENS = 1 << 17  # of all prompts of a load together
 WARM_UP_TOKENS = 8
 ENDING_SECONDS = 5.0  # from a broken connection to the end of the process, if that is why
 
@@ -85,7 +86,8 @@ class Benchmark:
     def repeats(self, load: Load, *, all_cached: bool = False) -> int:
         """How many times more a load is asked for first tokens, in one state of the cache."""
         rounds = -(-self.args.first_tokens // load.requests)
-        return (max(rounds, CACHED_ROUNDS) if all_cached else rounds) - 1
+        soon = all_cached or load.requests * load.prompt_tokens <= SOON_TOKENS
+        return (max(rounds, LEAST_ROUNDS) if soon else rounds) - 1
 
     def interval(self, load: Load) -> int:
         """Tokens a chunk."""

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=16,
         metavar="SAMPLES",
         help="samples of the time to first token that a load gets at least: one of fewer requests "
-        "is asked again for one token each (default: %(default)s); once all is cached, every load "
-        "is asked eight times at least",
+        "is asked again for one token each (default: %(default)s); once all is cached, and where "
+        "prompts are short, every load is asked eight times at least",
     )
     parser.add_argument(
         "--shared-prefix",

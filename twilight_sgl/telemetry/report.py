@@ -11,7 +11,7 @@ from twilight_sgl.telemetry.guard import harmless
 
 
 class StepSums:
-    """A step's sums by row of its batch, whose copy to the host may still be under way.
+    """A step's sums by row of its batch, which the GPU may still have to write.
 
     Args:
         sums: [B, 5] float64 on the host, see `ROW_SUMS`; complete when first asked for a row.
