@@ -22,7 +22,7 @@ from twilight_sgl.benchmark.servers import (
     Server,
     running,
 )
-from twilight_sgl.benchmark.streaming import MeasurementError
+from twilight_sgl.benchmark.streaming import MeasurementError, generate
 from twilight_sgl.errors import TwilightError
 
 # Processes
@@ -224,10 +224,10 @@ def test_a_run(
     for server in (dense, ours):
         assert server.flushes == 2 * 2  # before the cold and the prefix pass of each load
         sizes = [len(body["input_ids"]) for body in server.requests]
-        assert sizes == [200, 200, 32, 200, *[200] * 8, *[100] * 3, 32, *[100] * 27]
+        assert sizes == [200, 200, 32, 200, *[200] * 10, *[100] * 3, 32, *[100] * 33]
         limits = [body["sampling_params"]["max_new_tokens"] for body in server.requests]
-        once = [8, 16, 1, 1, 64, *[1] * 7]
-        assert limits == [*once, *[16] * 3, 1, *[1] * 3, *[64] * 3, *[1] * 21]
+        once = [8, 16, 1, 1, *[64] * 3, *[1] * 7]
+        assert limits == [*once, *[16] * 3, 1, *[1] * 3, *[64] * 9, *[1] * 21]
     assert [body["input_ids"] for body in dense.requests[:5]] == [
         body["input_ids"] for body in ours.requests[:5]
     ]
@@ -254,10 +254,11 @@ def test_few_requests_are_asked_again_for_their_first_token(
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["side by side", "one after another"])
-def test_every_other_start_turns_the_order_round(
+def test_every_other_start_and_pass_turns_the_order_round(
     at_once: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
+    timed: list[str] = []
     with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
         urls = {"torch_native": dense.url, "twilight": ours.url}
 
@@ -266,20 +267,30 @@ def test_every_other_start_turns_the_order_round(
             started.append(list(flags))
             yield [Server(name, urls[name]) for name in flags]
 
+        def noted(session: Any, url: str, *args: Any, **options: Any) -> Any:
+            if "phase_tokens" in options:
+                timed.append("ours" if url == ours.url else "dense")
+            return generate(session, url, *args, **options)
+
         monkeypatch.setattr(decode, "running", start)
+        monkeypatch.setattr(decode, "generate", noted)
         status = benchmark(
             monkeypatch,
             *("--model-path", model, "--text", model / "text", "--out", tmp_path),
             *("--backends", "torch_native,twilight", "--loads", "1x100", "--output-tokens", "16"),
             *("--side-by-side" if at_once else "--no-side-by-side", "--starts", "2"),
+            *("--passes", "2"),
         )
     assert status == 0
     order = ["torch_native", "twilight", "twilight", "torch_native"]
     assert [name for names in started for name in names] == order
     assert len(started) == (2 if at_once else 4)
+    there = ["dense", "ours", "ours", "dense"] if at_once else ["dense", "dense", "ours", "ours"]
+    back = ["ours", "dense", "dense", "ours"] if at_once else ["ours", "ours", "dense", "dense"]
+    assert timed == there + back
     rows = json.loads((tmp_path / "decode.json").read_text())
     assert [row["backend"] for row in rows] == ["torch_native", "twilight"]
-    assert [len(row["tokens_per_s_by_start"]) for row in rows] == [2, 2]
+    assert [len(row["tokens_per_s_by_pass"]) for row in rows] == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +311,7 @@ def test_every_other_start_turns_the_order_round(
         (["--loads", "1x100", "--urls", "dense=http://127.0.0.1:9"], {}, "does not answer"),
         (["--loads", "1x100", "--starts", "0"], {}, "--starts 0: start the servers at least once"),
         (["--loads", "1x100", "--starts", "2"], {}, "those of --urls run already"),
+        (["--loads", "1x100", "--passes", "0"], {}, "--passes 0: time the servers at least once"),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if value else "nothing",
 )

@@ -19,8 +19,8 @@ from twilight_sgl.benchmark.decode_options import (
     add_arguments,
     check_first_tokens,
     check_loads,
+    check_repetitions,
     check_server,
-    check_starts,
     choose_backends,
     parse_urls,
 )
@@ -152,8 +152,10 @@ class Benchmark:
                 progress.set_description(f"{load.name} {server.name}, prefix cached")
                 prefix[server.name] = await first_tokens(server, shared)
                 progress.update()
-        for server in servers:
-            progress.set_description(f"{load.name} {server.name}, timed")
+        for turn, number in itertools.product(range(self.args.passes), range(len(servers))):
+            server = servers[-1 - number if turn % 2 else number]
+            name = server.name
+            progress.set_description(f"{load.name} {name}, timed")
             before = await _ask(server, server_info(session, server.url))
             answer = generate(
                 session,
@@ -165,19 +167,8 @@ class Benchmark:
             )
             timed = await _ask(server, answer)
             after = await _ask(server, server_info(session, server.url))
-            name = server.name
-            self.results.append(
-                Measured(
-                    name,
-                    load,
-                    cold[name],
-                    prefix.get(name),
-                    timed,
-                    before,
-                    after,
-                    repeats[name],
-                )
-            )
+            first = cold[name], prefix.get(name)
+            self.results.append(Measured(name, load, *first, timed, before, after, repeats[name]))
             progress.update()
         await repeat("timed", None)
 
@@ -314,7 +305,7 @@ def _run(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     urls = parse_urls(args.urls)
     names = choose_backends(args.backends, urls, device)
-    check_starts(args.starts, urls)
+    check_repetitions(args.starts, args.passes, urls)
     check_first_tokens(args.first_tokens)
     model = args.model_path
     info = _first_info(urls) if urls else {}
@@ -331,7 +322,9 @@ def _run(args: argparse.Namespace) -> None:
     groups = _groups(args, names, urls, model, config, most, device)
     others = 2 if args.shared_prefix else 1  # states of the cache but the one that holds all
     rounds = (
-        others * (1 + benchmark.repeats(load)) + 1 + benchmark.repeats(load, all_cached=True)
+        others * (1 + benchmark.repeats(load))
+        + args.passes
+        + benchmark.repeats(load, all_cached=True)
         for load in args.loads
     )
     passes = len(names) * sum(rounds)

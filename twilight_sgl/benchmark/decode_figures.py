@@ -127,16 +127,17 @@ def steps_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, in
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
-    Of several starts a row describes the one with the median throughput (the lower of two), and
-    ratios are of medians. The first backend's own agreement is that of its two passes: noise.
+    A row describes the pass with the median throughput (the lower of two in the middle), and ratios
+    are of medians over all passes of all starts. The first backend's own agreement is that of a
+    timed pass with its cold one: noise.
     """
-    starts: dict[tuple[Load, str], list[Measured]] = {}
+    passes: dict[tuple[Load, str], list[Measured]] = {}
     for result in results:
-        starts.setdefault((result.load, result.backend), []).append(result)
-    speeds = {key: [steady_phase(each.timed) for each in of] for key, of in starts.items()}
+        passes.setdefault((result.load, result.backend), []).append(result)
+    speeds = {key: [steady_phase(each.timed) for each in of] for key, of in passes.items()}
     rates = {key: [speed["tokens_per_s"] for speed in of] for key, of in speeds.items()}
     middle = {key: of.index(statistics.median_low(of)) for key, of in rates.items()}
-    chosen = {key: of[middle[key]] for key, of in starts.items()}
+    chosen = {key: of[middle[key]] for key, of in passes.items()}
     rows = []
     for load in dict.fromkeys(result.load for result in results):
         base = statistics.median(rates[load, first])
@@ -156,7 +157,7 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "ttft_cold_ms": result.first_token_ms("cold"),
                 "ttft_cached_ms": result.first_token_ms("timed"),
                 **speed,
-                "tokens_per_s_by_start": rates[key],
+                "tokens_per_s_by_pass": rates[key],
                 "throughput_ratio": statistics.median(rates[key]) / base,
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
@@ -181,8 +182,8 @@ def _pair(values: dict[str, float]) -> str:
 
 
 def _rates(row: dict[str, Any]) -> str:
-    """Throughput, and where there were several starts its median and range over them."""
-    every = row["tokens_per_s_by_start"]
+    """Throughput, and where there were several passes its median and range over them."""
+    every = row["tokens_per_s_by_pass"]
     text = _number(statistics.median(every))
     return f"{text} ({_number(min(every))} to {_number(max(every))})" if len(every) > 1 else text
 
@@ -224,8 +225,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     return (
         f"{text}\n\nTimes are ms, p50 / p95. Candidates and kept are of the context. Equal: output "
         f"tokens before the first that differs from {first}'s; exact: requests without one; "
-        f"{first}'s own are of two runs of it. Of several starts tokens/s is the median (least to "
-        "most), the ratio that of medians, and the rest is of the start in the middle, of two the "
+        f"{first}'s own are of two runs of it. Of several passes tokens/s is the median (least to "
+        "most), the ratio that of medians, and the rest is of the pass in the middle, of two the "
         "slower.\n"
     )
 

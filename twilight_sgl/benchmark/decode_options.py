@@ -68,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "medians: where steps are short one process decodes faster than another, whatever its "
         "backend (default: %(default)s)",
     )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=3,
+        metavar="N",
+        help="time each load N times a start, servers in turn, and report the medians: where the "
+        "host cannot keep up with the GPU, its speed from second to second decides "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--p", type=float, default=0.95, help="--twilight-p of started servers")
     parser.add_argument("--text", type=Path, help="for the prompts; by default what Python ships")
     parser.add_argument("--seed", type=int, default=0, help="where in the text prompts begin")
@@ -117,8 +126,10 @@ def choose_backends(given: str | None, urls: dict[str, str], device: str) -> lis
     return names
 
 
-def check_starts(starts: int, urls: dict[str, str]) -> None:
-    """Raise TwilightError for a number of starts that cannot be, or of servers that run."""
+def check_repetitions(starts: int, passes: int, urls: dict[str, str]) -> None:
+    """Raise TwilightError for numbers that cannot be, or for starts of servers that run."""
+    if passes < 1:
+        raise TwilightError(f"--passes {passes}: time the servers at least once")
     if starts < 1:
         raise TwilightError(f"--starts {starts}: start the servers at least once")
     if starts > 1 and urls:
