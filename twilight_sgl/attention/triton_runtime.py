@@ -23,7 +23,7 @@ from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 logger = logging.getLogger(__name__)
 
 _NO_CONTEXT = torch.iinfo(torch.int32).max  # tokens, more than a request can have
-_TURNS = 4  # steps whose row sums are kept: SGLang reads a step's while the next one runs
+_TURNS = 16  # steps whose row sums are kept: SGLang reads a step's while the next one runs
 
 
 class _Buffers:
@@ -297,7 +297,7 @@ class TritonRuntime(TwilightRuntime):
         """See `TwilightRuntime.take_row_sums`; rows of dense requests are 0.
 
         The GPU may not have written them yet: read them once the step is known to have ended, as
-        SGLang knows before it looks at a step's tokens, and before four more are planned.
+        SGLang knows before it looks at a step's tokens, and before `_TURNS` more are planned.
         """
         if self._counts_rows and self._current is not None and self._plan is not None:
             self._row_sums = self._current.row_sums[self._turn, : len(self._plan.sparse)]
