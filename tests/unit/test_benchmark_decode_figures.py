@@ -112,6 +112,18 @@ def test_table(rows: list[dict[str, Any]]) -> None:
     assert "| 2x1k | twilight | 100 / 100 |" in ours
     assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 1 of 4 | 55.0% | 50.0% |" in ours
     assert "| 1.00x | 5000 | all | all |  | 75.0% | 50.0% |" in dense
+    assert "floor" not in head
+
+
+def test_floors_stand_beside_the_times(rows: list[dict[str, Any]]) -> None:
+    floors = [{"floor_ms": 2.5}, {"floor_ms": None}]
+    text = format_table([row | floor for row, floor in zip(rows, floors, strict=True)])
+    head, rule, dense, ours = text.splitlines()[:4]
+    assert head.count("|") == rule.count("|") == dense.count("|") == ours.count("|")
+    assert "| ms a token | floor | tokens/s |" in head
+    assert "| 100 / 100 | 2.50 | 20.0 |" in dense
+    assert "| 50.0 / 50.0 |  | 40.0 |" in ours
+    assert "Floor: in which a copy moves" in text
 
 
 def test_of_several_passes_the_median_is_shown() -> None:

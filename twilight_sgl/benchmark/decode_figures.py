@@ -1,6 +1,7 @@
 """Figures of the decode benchmark: from streams to rows, a table and a picture."""
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from twilight_sgl.benchmark.streaming import MeasurementError, Stream
 from twilight_sgl.telemetry.totals import between, twilight_states
 
 PERCENTILES = (5, 20, 50, 80, 95)
+PARALLEL = ("tp", "pp", "dp")
 COLOURS = ("#8c8c8c", "#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974")
 
 
@@ -161,6 +163,8 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "throughput_ratio": statistics.median(rates[key]) / base,
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
+                "kv_cache_dtype": result.after.get("kv_cache_dtype"),
+                "gpus": math.prod(result.after.get(f"{kind}_size") or 1 for kind in PARALLEL),
                 "budget": None if spent is None else spent.shares(),
                 "steps": steps_between(result.before, result.after),
                 "agreement": agreement(result.timed, other, output_tokens),
@@ -196,9 +200,11 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table; times in milliseconds, p50 / p95."""
     first = rows[0]["ratio_to"]
     with_prefix = any("ttft_prefix_ms" in row for row in rows)
+    with_floor = any(row.get("floor_ms") for row in rows)
     head = ["load", "backend", "TTFT cold"]
     head += ["TTFT prefix cached"] if with_prefix else []
-    head += ["TTFT all cached", "ms a token", "tokens/s", f"to {first}", "KV tokens"]
+    head += ["TTFT all cached", "ms a token", *(["floor"] if with_floor else [])]
+    head += ["tokens/s", f"to {first}", "KV tokens"]
     head += ["candidates", "kept", "dense steps", "equal", "exact"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -211,6 +217,7 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
                 *([_pair(row["ttft_prefix_ms"])] if with_prefix else []),
                 _pair(row["ttft_cached_ms"]),
                 _pair(row["tpot_ms"]),
+                *([_number(row["floor_ms"]) if row["floor_ms"] else ""] if with_floor else []),
                 _rates(row),
                 f"{row['throughput_ratio']:.2f}x",
                 str(row["kv_tokens"]),
@@ -222,9 +229,15 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    floor = ""
+    if with_floor:
+        floor = (
+            "Floor: in which a copy moves what a step must read, that is weights, keys and values, "
+            "and of layers that select bounds and estimates too. "
+        )
     return (
-        f"{text}\n\nTimes are ms, p50 / p95. Candidates and kept are of the context. Equal: output "
-        f"tokens before the first that differs from {first}'s; exact: requests without one; "
+        f"{text}\n\nTimes are ms, p50 / p95. {floor}Candidates and kept are of the context. Equal: "
+        f"output tokens before the first that differs from {first}'s; exact: requests without one; "
         f"{first}'s own are of two runs of it. Of several passes tokens/s is the median (least to "
         "most), the ratio that of medians, and the rest is of the pass in the middle, of two the "
         "slower.\n"
