@@ -25,6 +25,7 @@ from twilight_sgl.benchmark.decode_options import (
     parse_urls,
 )
 from twilight_sgl.benchmark.floor import Model, add_floors, gpu_bandwidth
+from twilight_sgl.benchmark.model_files import load_model_files
 from twilight_sgl.benchmark.prompts import (
     Load,
     cut_prompts,
@@ -203,26 +204,6 @@ def _first_info(urls: dict[str, str]) -> dict[str, Any]:
     return asyncio.run(ask())[0]
 
 
-def _load_model_files(path: str, extra: Sequence[str]) -> tuple[Any, Any, int]:
-    """Tokenizer, configuration and context length of a model.
-
-    Raises:
-        TwilightError: they cannot be read.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise TwilightError(f"--model-path {path} cannot be read: {error}") from error
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--context-length", type=int)
-    given = parser.parse_known_args(list(extra))[0].context_length
-    context = given or config.get_text_config().max_position_embeddings
-    return tokenizer, config, context
-
-
 def _make_prompts(args: argparse.Namespace, tokenizer: Any) -> Prompts:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
@@ -314,7 +295,7 @@ def _run(args: argparse.Namespace) -> None:
         model = info.get("tokenizer_path") or info["model_path"]
     if model is None:
         model = str(ensure_embedded_model())
-    tokenizer, config, context = _load_model_files(model, shlex.split(args.server_args))
+    tokenizer, config, context = load_model_files(model, shlex.split(args.server_args))
     context = info.get("context_length") or context
     check_loads(args.loads, args.output_tokens, args.shared_prefix, context)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from twilight_sgl.benchmark.model_files import attention_shape, weight_bytes
 from twilight_sgl.pages.pool import bounds_dtype
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -38,22 +39,15 @@ class Model:
             and linear attention, and without weights.
         """
         text = config.get_text_config()
-        weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        weights = weight_bytes(folder)
         kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
         has_experts = any(getattr(text, name, None) for name in _EXPERTS)
-        if not weight_bytes or has_experts or kinds != {"full_attention"}:
+        if not weights or has_experts or kinds != {"full_attention"}:
             return None
         dtype = text.dtype or torch.float32  # as transformers has it
         if not getattr(text, "tie_word_embeddings", True):
-            weight_bytes -= text.vocab_size * text.hidden_size * dtype.itemsize
-        heads = text.num_attention_heads
-        return cls(
-            weight_bytes,
-            text.num_hidden_layers,
-            getattr(text, "num_key_value_heads", None) or heads,
-            getattr(text, "head_dim", None) or text.hidden_size // heads,
-            dtype,
-        )
+            weights -= text.vocab_size * text.hidden_size * dtype.itemsize
+        return cls(weights, *attention_shape(config), dtype)
 
 
 def step_bytes(model: Model, row: Mapping[str, Any]) -> float:

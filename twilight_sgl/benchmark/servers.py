@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twilight_sgl.benchmark.model_files import attention_shape, weight_bytes
 from twilight_sgl.benchmark.prompts import Load
 from twilight_sgl.benchmark.streaming import MeasurementError
 from twilight_sgl.errors import TwilightError
@@ -126,17 +127,14 @@ def fit_at_once(
         folder: with the model's weights; what lies elsewhere is not known to fit.
         config: the model's transformers configuration.
     """
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if not weight_bytes:
+    weights = weight_bytes(folder)
+    if not weights:
         return False
     element_bytes = 4 if device == "cpu" else 2
-    model = config.get_text_config()
-    heads_kv = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    layers = model.num_hidden_layers
+    layers, heads_kv, dim = attention_shape(config)
     cache_bytes = layers * 2 * heads_kv * dim * element_bytes  # a token
     page_bytes = layers * summary_bytes_per_token(heads_kv, dim, element_bytes, PAGE_SIZE)
-    need = len(pools) * (weight_bytes * element_bytes / 2 + _PROCESS_BYTES[device])
+    need = len(pools) * (weights * element_bytes / 2 + _PROCESS_BYTES[device])
     need += sum(
         tokens * (cache_bytes + (page_bytes if name in OURS else 0)) for name, tokens in pools
     )
