@@ -33,11 +33,13 @@ def _follow(slots: list[int] | None, table: Any, reqs: list[Any], *args: Any) ->
 def _add_sums(output: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
     """Send a step's sums with its output; SGLang reads them after it has waited for the tokens."""
     runtime = getattr(model_runner, "twilight", None)
-    sums = None if runtime is None else runtime.take_row_sums()
+    if runtime is None:
+        return
+    sums = runtime.take_row_sums()
     logits_output = output.logits_output
     if sums is not None and hasattr(logits_output, "customized_info"):  # not a pipeline's middle
         values = logits_output.customized_info or {}
-        logits_output.customized_info = values | {KEY: StepSums(sums)}
+        logits_output.customized_info = values | {KEY: StepSums(sums, runtime.row_sums_kept())}
 
 
 async def _collapse(

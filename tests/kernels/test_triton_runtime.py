@@ -9,6 +9,7 @@ from served import COLUMNS, DENSE_LAYER, DEVICE, HEADS_KV, LAYERS, NUM_PAGES, PS
 from twilight_sgl.attention.pipeline import decode_reference
 from twilight_sgl.attention.plan import LayerCache
 from twilight_sgl.attention.runtime import TwilightRuntime
+from twilight_sgl.attention.triton_runtime import _TURNS
 from twilight_sgl.request import RequestOptions
 
 # Rows' slots and lengths: slot 3 is dense, slot 0 padding.
@@ -112,6 +113,12 @@ def test_row_sums_outlive_the_steps_that_overlap() -> None:
         torch.cuda.synchronize()
     contexts = [5 * PS, 6 * PS, 4 * PS]
     assert [sums[0, 0] for sums in taken] == [n * len(LAYERS) * HEADS_KV for n in contexts]
+    is_kept = served.runtime.row_sums_kept()
+    for _ in range(_TURNS - 1):
+        served.plan([1], [PS])
+    assert is_kept()
+    served.plan([1], [PS])
+    assert not is_kept()
 
 
 def test_dense_steps_have_no_row_sums() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +56,9 @@ class Runtime:
     def take_row_sums(self) -> torch.Tensor | None:
         sums = self._sums.pop(0)
         return None if sums is None else torch.tensor(sums, dtype=torch.float64)
+
+    def row_sums_kept(self) -> Callable[[], bool]:
+        return lambda: True
 
     def report_for(self, req: Any, options: RequestOptions) -> RequestReport:
         return RequestReport(req, options.p, PAIRS)
@@ -190,12 +193,21 @@ def test_a_failing_runtime_fails_no_forward(caplog: pytest.LogCaptureFixture) ->
     output = SimpleNamespace(logits_output=LogitsProcessorOutput(None))
     meta_info._add_sums(output, SimpleNamespace(twilight=Runtime()), None)
     assert output.logits_output.customized_info is None
-    sums = StepSums(torch.zeros((1, 5), dtype=torch.float64))
+    sums = StepSums(torch.zeros((1, 5), dtype=torch.float64), lambda: True)
     req = Req(finished=True)
     report = RequestReport(req, 0.5, PAIRS)
     report.append(sums[3])
     report.append([1.0])
     assert report.to_dict()["steps"] == 0
+
+
+def test_overwritten_sums_are_left_out_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    sums = torch.tensor([row(1000, 100, 0.9)], dtype=torch.float64)
+    report = RequestReport(Req(finished=True), 0.5, PAIRS)
+    for is_kept in (True, False, True):
+        report.append(StepSums(sums, lambda kept=is_kept: kept)[0])
+    assert report.to_dict()["steps"] == 2
+    assert "reports can follow" in caplog.text
 
 
 def test_a_failing_runtime_fails_no_server_info() -> None:

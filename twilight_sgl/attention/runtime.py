@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -216,6 +216,10 @@ class TwilightRuntime:
         """
         sums, self._row_sums = self._row_sums, None
         return sums if self.reports_requests else None
+
+    def row_sums_kept(self) -> Callable[[], bool]:
+        """What tells later whether the sums that were just taken have not been overwritten."""
+        return lambda: True
 
     def run_audit(self) -> list[Violation]:
         """Check the seal invariant now; count, log and unseal the pages that break it."""

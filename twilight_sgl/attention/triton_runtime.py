@@ -1,7 +1,7 @@
 """Twilight on a GPU: static buffers, no allocation and no synchronisation in a decode step."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class TritonRuntime(TwilightRuntime):
         self._plan: DecodePlan | None = None
         self._is_dense = False  # whether no row of the step under way selects
         self._counts_rows = False  # whether the step under way writes row sums
-        self._turn = 0
+        self._planned = 0  # steps
         self._raw_stream: int | None = None  # handle of `_stream`
 
     def reserve(self, max_batch: int) -> None:
@@ -186,7 +186,7 @@ class TritonRuntime(TwilightRuntime):
         batch = request_slots.shape[0]
         buffers = self._current = self._buffers_for(batch, selects=not dense)
         plan = buffers.plan(batch)
-        self._turn = (self._turn + 1) % _TURNS
+        self._planned += 1
         plan_and_claim(
             req_to_token,
             request_slots,
@@ -205,7 +205,7 @@ class TritonRuntime(TwilightRuntime):
             buffers.turn,
             page_size=self.config.page_size,
             min_context_tokens=_NO_CONTEXT if dense else self.config.min_context_tokens,
-            this_turn=self._turn,
+            this_turn=self._planned % _TURNS,
         )
         self._plan, self._is_dense = plan, dense
         return plan
@@ -297,12 +297,18 @@ class TritonRuntime(TwilightRuntime):
         """See `TwilightRuntime.take_row_sums`; rows of dense requests are 0.
 
         The GPU may not have written them yet: read them once the step is known to have ended, as
-        SGLang knows before it looks at a step's tokens, and before `_TURNS` more are planned.
+        SGLang knows before it looks at a step's tokens, and while they are kept.
         """
         if self._counts_rows and self._current is not None and self._plan is not None:
-            self._row_sums = self._current.row_sums[self._turn, : len(self._plan.sparse)]
+            turn, rows = self._planned % _TURNS, len(self._plan.sparse)
+            self._row_sums = self._current.row_sums[turn, :rows]
         self._counts_rows = False
         return super().take_row_sums()
+
+    def row_sums_kept(self) -> Callable[[], bool]:
+        """See `TwilightRuntime.row_sums_kept`: the step that many later takes their place."""
+        planned = self._planned
+        return lambda: self._planned < planned + _TURNS
 
     def _buffers_for(self, batch: int, *, selects: bool) -> _Buffers:
         """Buffers for so many rows; with the workspaces of selection where a row `selects`."""

@@ -1,11 +1,12 @@
 """What one request's decode steps kept, from the device's sums to its response."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from twilight_sgl.errors import TwilightError
 from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.telemetry.guard import harmless
 
@@ -15,10 +16,12 @@ class StepSums:
 
     Args:
         sums: [B, 5] float64 on the host, see `ROW_SUMS`; complete when first asked for a row.
+        is_kept: whether they are still those of this step; asked at the same time.
     """
 
-    def __init__(self, sums: torch.Tensor) -> None:
+    def __init__(self, sums: torch.Tensor, is_kept: Callable[[], bool]) -> None:
         self._sums = sums
+        self._is_kept = is_kept
         self._rows: list[tuple[float, ...]] | None = None
 
     def __getitem__(self, row: int) -> tuple[float, ...] | None:
@@ -28,6 +31,11 @@ class StepSums:
 
     @harmless
     def _read(self) -> list[tuple[float, ...]]:
+        if not self._is_kept():
+            raise TwilightError(
+                "a step's budgets were overwritten before SGLang read its result: it runs further "
+                "ahead than reports can follow, and they now lack steps"
+            )
         return list(map(tuple, self._sums.tolist()))  # of a list SGLang would make a copy
 
 
