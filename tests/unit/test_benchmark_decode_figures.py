@@ -10,6 +10,7 @@ from twilight_sgl.benchmark.decode_figures import (
     agreement,
     build_rows,
     format_table,
+    gpus,
     percentiles,
     plot,
     steady_phase,
@@ -124,6 +125,12 @@ def test_floors_stand_beside_the_times(rows: list[dict[str, Any]]) -> None:
     assert "| 100 / 100 | 2.50 | 20.0 |" in dense
     assert "| 50.0 / 50.0 |  | 40.0 |" in ours
     assert "Floor: in which a copy moves" in text
+
+
+def test_gpus_of_a_server() -> None:
+    sizes = {"tp_size": 4, "pp_size": 2, "dp_size": 2}
+    assert (gpus({}), gpus(sizes)) == (1, 16)
+    assert gpus(sizes | {"enable_dp_attention": True}) == 8
 
 
 def test_of_several_passes_the_median_is_shown() -> None:

@@ -125,7 +125,6 @@ class TritonRuntime(TwilightRuntime):
         self._is_dense = False  # whether no row of the step under way selects
         self._counts_rows = False  # whether the step under way writes row sums
         self._planned = 0  # steps
-        self._raw_stream: int | None = None  # handle of `_stream`
 
     def reserve(self, max_batch: int) -> None:
         """Allocate for batches of up to max_batch rows, as the largest graph has.
@@ -162,8 +161,8 @@ class TritonRuntime(TwilightRuntime):
         self._counts_rows = self.config.telemetry and not dense
         if self.counters.tokens.is_cuda:
             raw = torch._C._cuda_getCurrentRawStream(self.counters.tokens.get_device())
-            if raw != self._raw_stream:  # the stream as an object costs microseconds
-                self._raw_stream, self._stream = raw, torch.cuda.current_stream()
+            if self._stream is None or raw != self._stream.cuda_stream:
+                self._stream = torch.cuda.current_stream()  # an object costs microseconds
 
     def serves(self, layer_id: int) -> bool:
         """Whether `run_layer` takes a layer."""

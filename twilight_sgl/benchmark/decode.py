@@ -302,7 +302,8 @@ def _run(args: argparse.Namespace) -> None:
     benchmark = Benchmark(args, _make_prompts(args, tokenizer), context)
     most = max(map(benchmark.most_tokens, args.loads))
     groups = _groups(args, names, urls, model, config, most, device)
-    bandwidth = gpu_bandwidth()
+    shape = Model.read(Path(model), config)
+    bandwidth = gpu_bandwidth() if shape else None
     others = 2 if args.shared_prefix else 1  # states of the cache but the one that holds all
     rounds = (
         others * (1 + benchmark.repeats(load))
@@ -343,7 +344,7 @@ def _run(args: argparse.Namespace) -> None:
         for load in args.loads
         if load.name == row["load"]
     ]
-    add_floors(rows, Model.read(Path(model), config), bandwidth)
+    add_floors(rows, shape, bandwidth)
     table = format_table(rows)
     (args.out / "decode.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "decode.md").write_text(table)

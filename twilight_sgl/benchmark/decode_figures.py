@@ -1,7 +1,6 @@
 """Figures of the decode benchmark: from streams to rows, a table and a picture."""
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from twilight_sgl.benchmark.streaming import MeasurementError, Stream
 from twilight_sgl.telemetry.totals import between, twilight_states
 
 PERCENTILES = (5, 20, 50, 80, 95)
-PARALLEL = ("tp", "pp", "dp")
 COLOURS = ("#8c8c8c", "#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974")
 
 
@@ -126,6 +124,12 @@ def steps_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, in
     }
 
 
+def gpus(info: dict[str, Any]) -> int:
+    """GPUs of a server; with data-parallel attention its replicas share those of one."""
+    tensor, pipeline, data = (info.get(f"{kind}_size") or 1 for kind in ("tp", "pp", "dp"))
+    return tensor * pipeline * (1 if info.get("enable_dp_attention") else data)
+
+
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
@@ -164,7 +168,7 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
                 "kv_cache_dtype": result.after.get("kv_cache_dtype"),
-                "gpus": math.prod(result.after.get(f"{kind}_size") or 1 for kind in PARALLEL),
+                "gpus": gpus(result.after),
                 "budget": None if spent is None else spent.shares(),
                 "steps": steps_between(result.before, result.after),
                 "agreement": agreement(result.timed, other, output_tokens),
