@@ -1,13 +1,21 @@
 """A decode step's rows and the pages to seal for it, in one launch."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from twilight_sgl.kernels.launch import is_interpreted
+
 _BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["turn"])
+# What differs from step to step must not change how the kernel is compiled: see `StepPlanner`.
+@triton.jit(
+    do_not_specialize=["turn", "stride_table", "min_context_tokens"],
+    do_not_specialize_on_alignment=["req_to_token_ptr", "request_slots_ptr", "seq_lens_ptr"],
+)
 def _plan_kernel(
     req_to_token_ptr,
     request_slots_ptr,
@@ -72,65 +80,81 @@ def _plan_kernel(
         tl.store(first_step_ptr + slot, tl.zeros((), tl.int1))
 
 
-def plan_and_claim(
-    req_to_token: torch.Tensor,
-    request_slots: torch.Tensor,
-    seq_lens: torch.Tensor,
-    p_of_slot: torch.Tensor,
-    first_step: torch.Tensor,
-    sealed: torch.Tensor,
-    page_ids: torch.Tensor,
-    lengths: torch.Tensor,
-    p: torch.Tensor,
-    sparse: torch.Tensor,
-    claimed_page_ids: torch.Tensor,
-    num_claimed: torch.Tensor,
-    totals: torch.Tensor,
-    pages_reused: torch.Tensor,
-    turn: torch.Tensor,
-    *,
-    page_size: int,
-    min_context_tokens: int,
-    this_turn: int,
-) -> None:
-    """Snapshot rows as `reference.plan_rows` does, and claim the full pages without a summary.
+class StepPlanner:
+    """Snapshots a step's rows and claims the pages to seal for it, always into the same tensors.
 
-    A full page is one before the page that holds the newest token. A claimed page is marked as
-    sealed at once, so that of rows that share it one claims it; it must be sealed before any
-    summary of the step is read. The order of claimed pages is not defined.
+    It runs before each step outside the step's CUDA graph. Triton's own launch looks at every
+    argument again, which takes the host three times as long as launching the compiled kernel does;
+    so that is kept.
 
     Args:
-        req_to_token, request_slots, seq_lens, p_of_slot: see `reference.plan_rows`.
+        p_of_slot: [S] float32 by request slot, see `reference.plan_rows`.
         first_step: [S] bool by request slot; read, and cleared for the sparse rows.
         sealed: [P] int32 by physical page.
-        page_ids: [>= B, T] int32, lengths: [>= B] int32, p: [>= B] float32, sparse: [>= B] bool;
-            written. Columns behind a row's last page are left as they are.
+        page_ids: [B, T] int32, lengths: [B] int32, p: [B] float32, sparse: [B] bool; written, for
+            at most B rows. Columns behind a row's last page are left as they are.
         claimed_page_ids: [P] int32, appended to from num_claimed, [1] int32, on.
         totals: [2] int64, increased: pages claimed, and pages that rows in their first sparse
-            step did not have to claim; pages_reused: [>= B] int32, written: the latter by row.
-        turn: [1] int32, set to this_turn, for the kernels of the step's graph to read.
+            step did not have to claim; pages_reused: [B] int32, written: the latter by row.
+        turn: [1] int32, written, for the kernels of the step's graph to read.
+        page_size: tokens.
     """
-    _plan_kernel[(request_slots.shape[0],)](
-        req_to_token,
-        request_slots,
-        seq_lens,
-        p_of_slot,
-        first_step,
-        sealed,
-        page_ids,
-        lengths,
-        p,
-        sparse,
-        claimed_page_ids,
-        num_claimed,
-        totals,
-        pages_reused,
-        turn,
-        this_turn,
-        req_to_token.stride(0),
-        page_ids.stride(0),
-        min_context_tokens,
-        PS=page_size,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(page_ids.shape[1])),
-        num_warps=4,
-    )
+
+    def __init__(
+        self,
+        p_of_slot: torch.Tensor,
+        first_step: torch.Tensor,
+        sealed: torch.Tensor,
+        page_ids: torch.Tensor,
+        lengths: torch.Tensor,
+        p: torch.Tensor,
+        sparse: torch.Tensor,
+        claimed_page_ids: torch.Tensor,
+        num_claimed: torch.Tensor,
+        totals: torch.Tensor,
+        pages_reused: torch.Tensor,
+        turn: torch.Tensor,
+        *,
+        page_size: int,
+    ) -> None:
+        self._tensors = (
+            *(p_of_slot, first_step, sealed, page_ids, lengths, p, sparse),
+            *(claimed_page_ids, num_claimed, totals, pages_reused, turn),
+        )
+        self._stride_pages = page_ids.stride(0)
+        self._constants = page_size, min(_BLOCK, triton.next_power_of_2(page_ids.shape[1]))
+        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
+
+    def __call__(
+        self,
+        req_to_token: torch.Tensor,
+        request_slots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        min_context_tokens: int,
+        this_turn: int,
+    ) -> None:
+        """Snapshot rows as `reference.plan_rows` does, and claim the full pages without a summary.
+
+        A full page is one before the page that holds the newest token. A claimed page is marked as
+        sealed at once, so that of rows that share it one claims it; it must be sealed before any
+        summary of the step is read. The order of claimed pages is not defined.
+
+        Args:
+            req_to_token, request_slots, seq_lens: see `reference.plan_rows`; at most B rows.
+            this_turn: what `turn` becomes.
+        """
+        grid = (request_slots.shape[0], 1, 1)
+        arguments = (
+            *(req_to_token, request_slots, seq_lens),
+            *self._tensors,
+            *(this_turn, req_to_token.stride(0), self._stride_pages, min_context_tokens),
+            *self._constants,
+        )
+        dtypes = req_to_token.dtype, request_slots.dtype, seq_lens.dtype
+        if dtypes in self._compiled:
+            self._compiled[dtypes][grid](*arguments)
+            return
+        compiled = _plan_kernel[grid](*arguments, num_warps=4)
+        if not is_interpreted():
+            self._compiled[dtypes] = compiled

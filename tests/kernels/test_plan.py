@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twilight_sgl.kernels.plan.reference import plan_rows
-from twilight_sgl.kernels.plan.triton import plan_and_claim
+from twilight_sgl.kernels.plan.triton import StepPlanner
 from twilight_sgl.pages.sealing import pages_needed
 
 PS = 16
@@ -67,10 +67,7 @@ def test_plan_and_claim(name: str, min_context: int) -> None:
     after_first = first_step.clone()
     after_first[slots[expected[3]]] = False
 
-    plan_and_claim(
-        req_to_token,
-        slots,
-        seq_lens,
+    planner = StepPlanner(
         p_of_slot,
         first_step,
         sealed,
@@ -84,9 +81,8 @@ def test_plan_and_claim(name: str, min_context: int) -> None:
         pages_reused,
         turn,
         page_size=PS,
-        min_context_tokens=min_context,
-        this_turn=3,
     )
+    planner(req_to_token, slots, seq_lens, min_context_tokens=min_context, this_turn=3)
     assert turn.item() == 3
     assert lengths[:batch].tolist() == expected[1].tolist()
     assert p[:batch].tolist() == expected[2].tolist()

@@ -16,7 +16,7 @@ from twilight_sgl.kernels.attend.rows import attend_rows
 from twilight_sgl.kernels.attend.triton import AttendWorkspace
 from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.kernels.count.triton import IDLE_CLOCK, count_step
-from twilight_sgl.kernels.plan.triton import plan_and_claim
+from twilight_sgl.kernels.plan.triton import StepPlanner
 from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 
@@ -30,6 +30,7 @@ class _Buffers:
     """What a step of up to `max_batch` rows writes, at addresses that a CUDA graph may keep.
 
     Attributes:
+        planner: writes `plan`.
         decode: runs the layers that select; None until a step of so many rows does, for its
             workspaces are large.
         workspace: of attention, whether rows select or not.
@@ -37,6 +38,8 @@ class _Buffers:
             would take a launch and the host's time in each step.
         turn: [1], the one of `row_sums` that the step under way writes.
     """
+
+    planner: StepPlanner
 
     def __init__(
         self,
@@ -186,23 +189,10 @@ class TritonRuntime(TwilightRuntime):
         buffers = self._current = self._buffers_for(batch, selects=not dense)
         plan = buffers.plan(batch)
         self._planned += 1
-        plan_and_claim(
+        buffers.planner(
             req_to_token,
             request_slots,
             seq_lens,
-            self.requests.p,
-            self.requests.first_step,
-            self.pool.sealed,
-            plan.page_ids,
-            plan.seq_lens,
-            plan.p,
-            plan.sparse,
-            self._claimed,
-            self._num_claimed,
-            self.counters.pages,
-            buffers.pages_reused,
-            buffers.turn,
-            page_size=self.config.page_size,
             min_context_tokens=_NO_CONTEXT if dense else self.config.min_context_tokens,
             this_turn=self._planned % _TURNS,
         )
@@ -339,7 +329,7 @@ class TritonRuntime(TwilightRuntime):
         keys = self._keys[0]
         heads_kv, device = keys.shape[2], keys.device
         shape = (max_batch, self._heads_q, heads_kv, self._dim_v)
-        return _Buffers(
+        buffers = _Buffers(
             len(self._keys),
             max_batch,
             triton.cdiv(self._max_context, self.config.page_size),
@@ -348,6 +338,22 @@ class TritonRuntime(TwilightRuntime):
             AttendWorkspace(*shape, device),
             device,
         )
+        buffers.planner = StepPlanner(
+            self.requests.p,
+            self.requests.first_step,
+            self.pool.sealed,
+            buffers.page_ids,
+            buffers.lengths,
+            buffers.p,
+            buffers.sparse,
+            self._claimed,
+            self._num_claimed,
+            self.counters.pages,
+            buffers.pages_reused,
+            buffers.turn,
+            page_size=self.config.page_size,
+        )
+        return buffers
 
     def _allocate_decode(self, max_batch: int, workspace: AttendWorkspace) -> TritonDecode:
         keys = self._keys[0]
