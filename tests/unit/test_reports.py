@@ -189,7 +189,7 @@ def test_runners_without_twilight_and_middles_of_pipelines_are_left_alone() -> N
     assert req.customized_info is None
 
 
-def test_a_failing_runtime_fails_no_forward(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_runtime_fails_no_forward() -> None:
     output = SimpleNamespace(logits_output=LogitsProcessorOutput(None))
     meta_info._add_sums(output, SimpleNamespace(twilight=Runtime()), None)
     assert output.logits_output.customized_info is None
@@ -197,8 +197,12 @@ def test_a_failing_runtime_fails_no_forward(caplog: pytest.LogCaptureFixture) ->
     req = Req(finished=True)
     report = RequestReport(req, 0.5, PAIRS)
     report.append(sums[3])
-    report.append([1.0])
     assert report.to_dict()["steps"] == 0
+    other = Runtime([[1.0] * 4])
+    meta_info._add_sums(output, SimpleNamespace(twilight=other), None)
+    assert output.logits_output.customized_info is None
+    meta_info._add_sums(output, SimpleNamespace(twilight=Runtime([DENSE])), None)
+    assert output.logits_output.customized_info is not None
 
 
 def test_overwritten_sums_are_left_out_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:

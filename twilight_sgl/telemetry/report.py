@@ -17,9 +17,13 @@ class StepSums:
     Args:
         sums: [B, 5] float64 on the host, see `ROW_SUMS`; complete when first asked for a row.
         is_kept: whether they are still those of this step; asked at the same time.
+    Raises:
+        TwilightError: the sums are others.
     """
 
     def __init__(self, sums: torch.Tensor, is_kept: Callable[[], bool]) -> None:
+        if sums.shape[1] != len(ROW_SUMS):
+            raise TwilightError(f"a step's sums are {tuple(sums.shape)}, each row wants {ROW_SUMS}")
         self._sums = sums
         self._is_kept = is_kept
         self._rows: list[tuple[float, ...]] | None = None
@@ -58,23 +62,18 @@ class RequestReport:
         self._p = p
         self._pairs = pairs
         self._steps = 0
-        self._sums = [0.0] * len(ROW_SUMS)
+        self._context = self._kept = self._mass = self._reused = 0.0
 
     def append(self, sums: Sequence[float] | None) -> None:
-        """Add a step's sums; a step in which the request was dense has none."""
-        if sums and sums[0] > 0:
-            self._add(sums)
-
-    @harmless
-    def _add(self, sums: Sequence[float]) -> None:
-        context, candidates, kept, mass, reused = sums
-        total = self._sums
-        total[0] += context
-        total[1] += candidates
-        total[2] += kept
-        total[3] += mass
+        """Add a row of `StepSums`; a step in which the request was dense has none."""
+        if not sums or sums[0] <= 0:
+            return
+        context, _, kept, mass, reused = sums
+        self._context += context
+        self._kept += kept
+        self._mass += mass
         if not self._steps:  # not again after a retraction
-            total[4] = reused
+            self._reused = reused
         self._steps += 1
 
     @property
@@ -100,15 +99,14 @@ class RequestReport:
             (all three None without a sparse step); prefix_pages_reused: pages found sealed in
             the first of these steps.
         """
-        context, _, kept, mass, reused = self._sums
         counted = self._steps * self._pairs
         return {
             "p": self._p,
             "steps": self._steps,
-            "average_budget": kept / counted if counted else None,
-            "kept_fraction": kept / context if context else None,
-            "kept_mass": mass / counted if counted else None,
-            "prefix_pages_reused": int(reused),
+            "average_budget": self._kept / counted if counted else None,
+            "kept_fraction": self._kept / self._context if self._context else None,
+            "kept_mass": self._mass / counted if counted else None,
+            "prefix_pages_reused": int(self._reused),
         }
 
 
