@@ -1,4 +1,4 @@
-"""Apply what the scheduler queued before each forward of the target model, on its stream."""
+"""Apply what was noted before a forward of the target model that may seal, on its stream."""
 
 from typing import Any
 
@@ -9,10 +9,13 @@ def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs:
     runtime = getattr(model_runner, "twilight", None)
     if runtime is None:
         return
-    runtime.ledger.apply()
     mode = forward_batch.forward_mode
     if not mode.is_decode_or_idle() and forward_batch.out_cache_loc is not None:
         runtime.begin_extend(forward_batch.out_cache_loc)
+    # An extend leaves it to the next decode step, which may seal. Speculation may write to its
+    # tensor of slots again.
+    if not mode.is_extend_without_speculative() or runtime.ledger.is_long:
+        runtime.ledger.apply()
 
 
 PATCHES = [

@@ -1,9 +1,9 @@
-"""What the scheduler queued is applied once, in order, and not before."""
+"""What the scheduler noted is applied once, and not before."""
 
 import pytest
 import torch
 
-from twilight_sgl.pages.ledger import Ledger, RequestTable
+from twilight_sgl.pages.ledger import MOST_TENSORS, Ledger, RequestTable
 from twilight_sgl.pages.pool import SummaryPool
 
 NUM_PAGES = 6
@@ -81,6 +81,27 @@ def test_flush_clears_everything(state: State) -> None:
     state.seal(5)
     state.ledger.apply()
     assert state.sealed == [5]
+
+
+def test_written_pages_lose_their_seal_with_released_ones(state: State) -> None:
+    state.ledger.tokens_written(torch.tensor([16 * 3 + 15, 16 * 4, 0]))
+    state.ledger.tokens_written(torch.tensor([16 * 3], dtype=torch.int32))
+    state.ledger.pages_released(torch.tensor([1], dtype=torch.int32))
+    assert state.sealed == [1, 2, 3]
+    state.ledger.apply()
+    assert state.sealed == [2]
+    state.seal(3)
+    state.ledger.apply()
+    assert state.sealed == [2, 3], "what was written was applied twice"
+
+
+def test_a_ledger_that_nobody_applies_is_long(state: State) -> None:
+    for _ in range(MOST_TENSORS):
+        assert not state.ledger.is_long
+        state.ledger.tokens_written(torch.tensor([16]))
+    assert state.ledger.is_long
+    state.ledger.apply()
+    assert not state.ledger.is_long
 
 
 def test_no_pages_is_no_entry(state: State) -> None:

@@ -166,6 +166,7 @@ class FakeRuntime:
     def __init__(self) -> None:
         self.calls: list[tuple] = []
         self.ledger = SimpleNamespace(
+            is_long=False,
             apply=lambda: self.calls.append(("apply",)),
             pages_released=lambda pages: self.calls.append(("released", pages.tolist())),
             all_pages_released=lambda: self.calls.append(("all released",)),
@@ -190,21 +191,29 @@ def runtime() -> FakeRuntime:
 
 
 @pytest.mark.parametrize("mode", list(ForwardMode), ids=lambda mode: mode.name)
-def test_forward_drains_first_and_then_unseals_what_it_writes(
+def test_forward_notes_what_it_writes_and_applies_unless_it_extends(
     runtime: FakeRuntime, mode: ForwardMode
 ) -> None:
     hook = forward_order.PATCHES[0].hook
     batch = SimpleNamespace(forward_mode=mode, out_cache_loc=torch.tensor([16, 17]))
     hook(SimpleNamespace(twilight=runtime), batch)
     writes = [] if mode in (ForwardMode.DECODE, ForwardMode.IDLE) else [("extend", [16, 17])]
-    assert runtime.calls == [("apply",), *writes]
+    calls = writes if mode.is_extend_without_speculative() else [*writes, ("apply",)]
+    assert runtime.calls == calls
     hook(SimpleNamespace(twilight=None), batch)
     hook(SimpleNamespace(), batch)
-    assert len(runtime.calls) == 1 + len(writes)
+    assert runtime.calls == calls
+
+
+def test_extends_apply_where_no_decode_step_does(runtime: FakeRuntime) -> None:
+    runtime.ledger.is_long = True
+    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, out_cache_loc=torch.tensor([16]))
+    forward_order.PATCHES[0].hook(SimpleNamespace(twilight=runtime), batch)
+    assert runtime.calls == [("extend", [16]), ("apply",)]
 
 
 def test_forward_without_slots(runtime: FakeRuntime) -> None:
-    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, out_cache_loc=None)
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, out_cache_loc=None)
     forward_order.PATCHES[0].hook(SimpleNamespace(twilight=runtime), batch)
     assert runtime.calls == [("apply",)]
 

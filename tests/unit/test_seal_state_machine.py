@@ -148,9 +148,13 @@ class Server(RuleBasedStateMachine):
         """Everything that comes before a forward's first kernel."""
         batch = SimpleNamespace(forward_mode=mode, out_cache_loc=token_slots)
         forward_order.PATCHES[0].hook(self.runner, batch)
-        self.pending.clear()
+        if mode.is_extend_without_speculative() and token_slots is not None:
+            self.pending.update((token_slots // PS).tolist())
+        else:
+            self.pending.clear()
         self.check_audit()
-        assert self.only_audit or not {page for page in self.sealed if not self.holders[page]}
+        sealed = self.sealed - self.pending
+        assert self.only_audit or not {page for page in sealed if not self.holders[page]}
 
     def write(self, token_slots: torch.Tensor) -> None:
         for layer in LAYERS:

@@ -143,7 +143,7 @@ class TwilightRuntime:
 
     def begin_extend(self, token_slots: torch.Tensor) -> None:
         """An extend is about to write these slots, [M]: their pages are sealed no longer."""
-        self.pool.unseal(token_slots // self.config.page_size)
+        self.ledger.tokens_written(token_slots)
 
     def begin_decode(
         self, req_to_token: torch.Tensor, request_slots: torch.Tensor, seq_lens: torch.Tensor

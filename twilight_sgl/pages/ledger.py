@@ -1,11 +1,12 @@
-"""What the scheduler did since the last forward, to be applied in order on the forward stream."""
+"""What the scheduler did since the last decode step, to be applied on the forward stream."""
 
-from collections import deque
 from collections.abc import Iterable
 
 import torch
 
 from twilight_sgl.pages.pool import SummaryPool
+
+MOST_TENSORS = 64  # noted, before an extend applies them
 
 
 class RequestTable:
@@ -24,43 +25,70 @@ class RequestTable:
 
 
 class Ledger:
-    """Queues page releases and per-request values until the next forward applies them.
+    """Keeps what ends seals, and per-request values, until a decode step needs them.
 
     The scheduler frees pages and admits requests while an earlier step may still run; writing
-    to the device then could race that step's sealing. Entries keep their order: a page freed,
-    given to another request and sealed again must not lose the second seal to the first free.
+    to the device then could race that step's sealing. Only a decode step seals, and only what is
+    here already: so what is noted between two of them has no order among itself, and an extend,
+    whose first token waits for every launch before it, applies nothing.
     """
 
     def __init__(self, pool: SummaryPool, requests: RequestTable) -> None:
         self._pool = pool
         self._requests = requests
-        self._entries: deque[torch.Tensor | dict[int, float] | None] = deque()
+        self._pages: list[torch.Tensor] = []
+        self._token_slots: list[torch.Tensor] = []
+        self._is_all_released = False
+        self._p_of_slot: dict[int, float] = {}
 
     def pages_released(self, page_ids: torch.Tensor) -> None:
         """Note that the allocator took pages back: [M] physical pages."""
         if page_ids.numel():
-            self._entries.append(page_ids)
+            self._pages.append(page_ids)
 
     def all_pages_released(self) -> None:
         """Note that the allocator took every page back."""
-        self._entries.append(None)
+        self._is_all_released = True
+
+    def tokens_written(self, token_slots: torch.Tensor) -> None:
+        """Note KV slots, [M], that an extend writes: their pages are sealed no longer."""
+        if token_slots.numel():
+            self._token_slots.append(token_slots)
 
     def requests_admitted(self, slots_and_p: Iterable[tuple[int, float]]) -> None:
         """Note requests given a slot: (request slot, p or `RequestTable.DENSE`) each."""
-        self._entries.append(dict(slots_and_p))
+        self._p_of_slot.update(slots_and_p)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether so much is noted that it should be applied though no decode step comes."""
+        return len(self._pages) + len(self._token_slots) >= MOST_TENSORS
 
     def apply(self) -> None:
-        """Apply every entry, in order, on the current stream."""
-        while self._entries:
-            entry = self._entries.popleft()
-            if entry is None:
-                self._pool.unseal_all()
-            elif isinstance(entry, torch.Tensor):
-                if entry.is_cuda:
-                    entry.record_stream(torch.cuda.current_stream())
-                self._pool.unseal(entry.to(self._pool.sealed.device, non_blocking=True))
-            else:
-                self._write_requests(entry)
+        """Apply what is noted, on the current stream."""
+        if self._p_of_slot:
+            values, self._p_of_slot = self._p_of_slot, {}
+            self._write_requests(values)
+        if self._is_all_released:
+            self._is_all_released = False
+            self._pages, self._token_slots = [], []
+            self._pool.unseal_all()
+            return
+        pages, self._pages = self._pages, []
+        if self._token_slots:
+            slots, self._token_slots = self._token_slots, []
+            pages.append(self._joined(slots) // self._pool.page_size)
+        if pages:
+            self._pool.unseal(self._joined(pages))
+
+    def _joined(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """All in one, on the pool's device."""
+        device = self._pool.sealed.device
+        for tensor in tensors:
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream())
+        moved = [tensor.to(device, torch.int64, non_blocking=True) for tensor in tensors]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
 
     def _write_requests(self, values: dict[int, float]) -> None:
         device = self._requests.p.device
