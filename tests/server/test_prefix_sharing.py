@@ -39,7 +39,7 @@ def test_flush_unseals_everything(server: Server) -> None:
     server.generate(prose(3000, start=30000), 4)
     assert server.twilight()["pages"]["sealed"] > 0
     server.flush()
-    server.generate("Hello", 2)  # the next forward applies what the flush queued
+    server.generate("Hello", 2)  # its decode step applies what the flush noted
     assert server.twilight()["pages"]["sealed"] == 0
 
 

@@ -122,7 +122,7 @@ class TwilightRuntime:
         return LayerCache(self.keys_of(layer_id), self.values_of(layer_id), *summaries)
 
     def on_requests_admitted(self, slots: Iterable[int], options: Iterable[RequestOptions]) -> None:
-        """Requests were given slots: their p applies from the next forward on."""
+        """Requests were given slots: their p applies from the next decode step on."""
         values = (self._value_of(option) for option in options)
         self.ledger.requests_admitted(zip(slots, values, strict=True))
 
