@@ -11,7 +11,7 @@ def _before_forward(model_runner: Any, forward_batch: Any, *args: Any, **kwargs:
         return
     mode = forward_batch.forward_mode
     if not mode.is_decode_or_idle() and forward_batch.out_cache_loc is not None:
-        runtime.begin_extend(forward_batch.out_cache_loc)
+        runtime.ledger.tokens_written(forward_batch.out_cache_loc)
     # An extend leaves it to the next decode step, which may seal. Speculation may write to its
     # tensor of slots again.
     if not mode.is_extend_without_speculative() or runtime.ledger.is_long:

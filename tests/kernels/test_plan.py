@@ -105,3 +105,49 @@ def test_plan_and_claim(name: str, min_context: int) -> None:
     assert sum(by_row) == needed.reused and pages_reused[batch] == -7
     if name != "shared prefix":
         assert by_row == needed.reused_by_row.tolist()
+
+
+def test_later_steps_may_be_of_other_sizes() -> None:
+    """On a GPU the kernel compiled for the first step runs all of them."""
+    req_to_token = table()
+    batch, limits = 4, {"dtype": torch.int32, "device": DEVICE}
+    page_ids, lengths = torch.zeros((batch, COLUMNS), **limits), torch.zeros(batch, **limits)
+    p = torch.zeros(batch, device=DEVICE)
+    sparse = torch.zeros(batch, dtype=torch.bool, device=DEVICE)
+    turn = torch.zeros(1, **limits)
+    p_of_slot = torch.full((SLOTS,), 0.9, device=DEVICE)
+    planner = StepPlanner(
+        p_of_slot,
+        torch.ones(SLOTS, dtype=torch.bool, device=DEVICE),
+        torch.zeros(PAGES, **limits),
+        page_ids,
+        lengths,
+        p,
+        sparse,
+        torch.zeros(PAGES, **limits),
+        torch.zeros(1, **limits),
+        torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        torch.zeros(batch, **limits),
+        turn,
+        page_size=PS,
+    )
+    slots = torch.tensor([9, 1, 2, 3, 0], device=DEVICE)
+    seq_lens = torch.tensor([9, 40, 2 * PS, 5 * PS + 1, 7], device=DEVICE)
+    for step, (first, last, least) in enumerate([(0, 4, 16), (1, 2, 1), (1, 5, 2**31 - 1)]):
+        rows = slice(first, last)  # the later ones lie unaligned
+        planner(req_to_token, slots[rows], seq_lens[rows], min_context_tokens=least, this_turn=step)
+        expected = plan_rows(
+            req_to_token,
+            slots[rows],
+            seq_lens[rows],
+            p_of_slot,
+            page_size=PS,
+            min_context_tokens=least,
+        )
+        count = last - first
+        assert turn.item() == step
+        assert lengths[:count].tolist() == expected[1].tolist()
+        assert sparse[:count].tolist() == expected[3].tolist()
+        for row, tokens in enumerate(expected[1].tolist()):
+            pages = -(-tokens // PS)
+            assert page_ids[row, :pages].tolist() == expected[0][row, :pages].tolist()

@@ -168,12 +168,10 @@ class FakeRuntime:
         self.ledger = SimpleNamespace(
             is_long=False,
             apply=lambda: self.calls.append(("apply",)),
+            tokens_written=lambda slots: self.calls.append(("written", slots.tolist())),
             pages_released=lambda pages: self.calls.append(("released", pages.tolist())),
             all_pages_released=lambda: self.calls.append(("all released",)),
         )
-
-    def begin_extend(self, token_slots: torch.Tensor) -> None:
-        self.calls.append(("extend", token_slots.tolist()))
 
     def on_requests_admitted(self, slots: list[int], options: Any) -> None:
         self.calls.append(("admitted", slots, list(options)))
@@ -197,7 +195,7 @@ def test_forward_notes_what_it_writes_and_applies_unless_it_extends(
     hook = forward_order.PATCHES[0].hook
     batch = SimpleNamespace(forward_mode=mode, out_cache_loc=torch.tensor([16, 17]))
     hook(SimpleNamespace(twilight=runtime), batch)
-    writes = [] if mode in (ForwardMode.DECODE, ForwardMode.IDLE) else [("extend", [16, 17])]
+    writes = [] if mode in (ForwardMode.DECODE, ForwardMode.IDLE) else [("written", [16, 17])]
     calls = writes if mode.is_extend_without_speculative() else [*writes, ("apply",)]
     assert runtime.calls == calls
     hook(SimpleNamespace(twilight=None), batch)
@@ -209,7 +207,7 @@ def test_extends_apply_where_no_decode_step_does(runtime: FakeRuntime) -> None:
     runtime.ledger.is_long = True
     batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND, out_cache_loc=torch.tensor([16]))
     forward_order.PATCHES[0].hook(SimpleNamespace(twilight=runtime), batch)
-    assert runtime.calls == [("extend", [16]), ("apply",)]
+    assert runtime.calls == [("written", [16]), ("apply",)]
 
 
 def test_forward_without_slots(runtime: FakeRuntime) -> None:

@@ -142,14 +142,6 @@ def test_a_slot_given_to_another_request_counts_reuse_again(server: Server) -> N
     assert (server.pages["built"], server.pages["reused"]) == (2, 2)
 
 
-def test_an_extend_unseals_the_pages_it_writes(server: Server) -> None:
-    server.step([2], [3 * PS + 1])
-    server.runtime.begin_extend(torch.tensor([7 * PS + 15, 1 * PS, 0]))
-    assert server.sealed == [1, 4, 7]
-    server.runtime.ledger.apply()
-    assert server.sealed == [4]
-
-
 @pytest.mark.parametrize("page", [1, 4])
 def test_audit_counts_and_unseals_what_it_finds(server: Server, page: int) -> None:
     server.step([2], [3 * PS + 1])

@@ -513,7 +513,7 @@ def drop_flushes(runtime: TwilightRuntime) -> None:
 
 
 def ignore_extends(runtime: TwilightRuntime) -> None:
-    runtime.begin_extend = lambda token_slots: None
+    runtime.ledger.tokens_written = lambda token_slots: None
 
 
 def skip_a_layer(runtime: TwilightRuntime) -> None:

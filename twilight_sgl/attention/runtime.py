@@ -44,7 +44,7 @@ def installed_versions() -> dict[str, str | None]:
 class TwilightRuntime:
     """Summaries, request values and counters of one model runner.
 
-    `on_*` methods are called by the scheduler's thread and only queue; `begin_*` methods run on
+    `on_*` methods are called by the scheduler's thread and only note; `begin_*` methods run on
     the forward stream.
 
     Args:
@@ -140,10 +140,6 @@ class TwilightRuntime:
             option.enabled and tokens >= least
             for tokens, option in zip(context_tokens, options, strict=True)
         )
-
-    def begin_extend(self, token_slots: torch.Tensor) -> None:
-        """An extend is about to write these slots, [M]: their pages are sealed no longer."""
-        self.ledger.tokens_written(token_slots)
 
     def begin_decode(
         self, req_to_token: torch.Tensor, request_slots: torch.Tensor, seq_lens: torch.Tensor
