@@ -1,6 +1,8 @@
 """What the Triton kernels share: how work is laid over a fixed grid, and launch choices."""
 
 import functools
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 import triton
@@ -61,6 +63,39 @@ def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str
     if _dependent_launches():
         options["launch_pdl"] = True
     return options
+
+
+class CompiledLaunch:
+    """Launches a kernel as it was compiled when it was first launched so.
+
+    Triton's own launch looks at every argument again, which takes the host three times as long.
+    So nothing that differs from launch to launch may change how the kernel is compiled.
+
+    Args:
+        kernel: what `triton.jit` made.
+        options: of its launch.
+    """
+
+    def __init__(self, kernel: Any, **options: object) -> None:
+        self._kernel = kernel
+        self._options = options
+        self._compiled: dict[Hashable, Any] = {}
+
+    def __call__(self, programs: int, arguments: tuple[Any, ...], kind: Hashable = None) -> None:
+        """Launch on the current stream.
+
+        Args:
+            programs: of a grid of one dimension.
+            arguments: all of the kernel's in order, constants included.
+            kind: tells launches apart that want the kernel compiled anew.
+        """
+        grid = (programs, 1, 1)
+        if kind in self._compiled:
+            self._compiled[kind][grid](*arguments)
+            return
+        compiled = self._kernel[grid](*arguments, **self._options)
+        if not is_interpreted():
+            self._compiled[kind] = compiled
 
 
 @triton.jit

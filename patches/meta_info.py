@@ -21,12 +21,14 @@ def _follow(slots: list[int] | None, table: Any, reqs: list[Any], *args: Any) ->
     if runtime is None or not slots:
         return
     for req in reqs:
-        values = req.customized_info or {}
-        if KEY not in values:
-            options = RequestOptions.from_custom_params(req.sampling_params.custom_params)
-            report = runtime.report_for(req, options)
-            if report is not None:
-                req.customized_info = ReportedOnce(values | {KEY: report})
+        values = req.customized_info
+        if values and KEY in values:
+            continue
+        options = RequestOptions.from_custom_params(req.sampling_params.custom_params)
+        report = runtime.report_for(req, options)
+        if report is not None:
+            req.customized_info = ReportedOnce(values or ())
+            req.customized_info[KEY] = report
 
 
 @harmless

@@ -30,8 +30,8 @@ class RequestOptions:
         Raises:
             TwilightError: an unknown key, a wrong type or a p out of range.
         """
-        if not isinstance(custom_params, Mapping) or KEY not in custom_params:
-            return cls()
+        if not custom_params or not isinstance(custom_params, Mapping) or KEY not in custom_params:
+            return _DEFAULTS
         values = custom_params[KEY]
         if not isinstance(values, Mapping):
             raise TwilightError(f"custom_params.{KEY} must be an object, got {values!r}")
@@ -53,3 +53,6 @@ class RequestOptions:
         ):
             raise TwilightError(f"custom_params.{KEY}.p must be a number in (0, 1], got {p!r}")
         return cls(None if p is None else float(p), **switches)
+
+
+_DEFAULTS = RequestOptions()  # frozen, so all requests without options may share it

@@ -1,17 +1,15 @@
 """A decode step's rows and the pages to seal for it, in one launch."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.launch import is_interpreted
+from twilight_sgl.kernels.launch import CompiledLaunch
 
 _BLOCK = 2048
 
 
-# What differs from step to step must not change how the kernel is compiled: see `StepPlanner`.
+# What differs from step to step must not change how the kernel is compiled: see `CompiledLaunch`.
 @triton.jit(
     do_not_specialize=["turn", "stride_table", "min_context_tokens"],
     do_not_specialize_on_alignment=["req_to_token_ptr", "request_slots_ptr", "seq_lens_ptr"],
@@ -83,9 +81,7 @@ def _plan_kernel(
 class StepPlanner:
     """Snapshots a step's rows and claims the pages to seal for it, always into the same tensors.
 
-    It runs before each step outside the step's CUDA graph. Triton's own launch looks at every
-    argument again, which takes the host three times as long as launching the compiled kernel does;
-    so that is kept.
+    It runs before each step outside the step's CUDA graph.
 
     Args:
         p_of_slot: [S] float32 by request slot, see `reference.plan_rows`.
@@ -123,7 +119,7 @@ class StepPlanner:
         )
         self._stride_pages = page_ids.stride(0)
         self._constants = page_size, min(_BLOCK, triton.next_power_of_2(page_ids.shape[1]))
-        self._compiled: dict[tuple[torch.dtype, ...], Any] = {}
+        self._launch = CompiledLaunch(_plan_kernel, num_warps=4)
 
     def __call__(
         self,
@@ -144,7 +140,6 @@ class StepPlanner:
             req_to_token, request_slots, seq_lens: see `reference.plan_rows`; at most B rows.
             this_turn: what `turn` becomes.
         """
-        grid = (request_slots.shape[0], 1, 1)
         arguments = (
             *(req_to_token, request_slots, seq_lens),
             *self._tensors,
@@ -152,9 +147,4 @@ class StepPlanner:
             *self._constants,
         )
         dtypes = req_to_token.dtype, request_slots.dtype, seq_lens.dtype
-        if dtypes in self._compiled:
-            self._compiled[dtypes][grid](*arguments)
-            return
-        compiled = _plan_kernel[grid](*arguments, num_warps=4)
-        if not is_interpreted():
-            self._compiled[dtypes] = compiled
+        self._launch(request_slots.shape[0], arguments, dtypes)

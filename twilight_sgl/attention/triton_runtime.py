@@ -16,9 +16,11 @@ from twilight_sgl.kernels.attend.rows import attend_rows
 from twilight_sgl.kernels.attend.triton import AttendWorkspace
 from twilight_sgl.kernels.count.reference import ROW_SUMS
 from twilight_sgl.kernels.count.triton import IDLE_CLOCK, count_step
+from twilight_sgl.kernels.notes.triton import NotesApplier
 from twilight_sgl.kernels.plan.triton import StepPlanner
 from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+from twilight_sgl.pages.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,11 @@ class TritonRuntime(TwilightRuntime):
         dense_layer_ids: Sequence[int] = (),
     ) -> None:
         super().__init__(config, kv_pool, layer_ids, num_request_slots)
+        requests = self.requests
+        apply_notes = NotesApplier(
+            self.pool.sealed, requests.p, requests.first_step, page_size=config.page_size
+        )
+        self.ledger = Ledger(self.pool, requests, apply_notes)
         self._max_context = max_context
         self._heads_q, self._dim_v, self._q_dtype = heads_q, dim_v, q_dtype
         self._caches = {layer: self.cache_of(layer) for layer in layer_ids}

@@ -1,12 +1,16 @@
 """What the scheduler did since the last decode step, to be applied on the forward stream."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 
+from twilight_sgl.kernels.notes import reference
 from twilight_sgl.pages.pool import SummaryPool
 
-MOST_TENSORS = 64  # noted, before an extend applies them
+MOST_TENSORS = 256  # noted, before an extend applies them
+
+ApplyNotes = Callable[[list[torch.Tensor], list[torch.Tensor], dict[int, float]], None]
 
 
 class RequestTable:
@@ -31,11 +35,28 @@ class Ledger:
     to the device then could race that step's sealing. Only a decode step seals, and only what is
     here already: so what is noted between two of them has no order among itself, and an extend,
     whose first token waits for every launch before it, applies nothing.
+
+    Args:
+        pool: whose seals end.
+        requests: whose values are written.
+        apply_notes: does both as `kernels.notes.reference.apply_notes` does, to the tensors of
+            `pool` and `requests`; by default that itself.
     """
 
-    def __init__(self, pool: SummaryPool, requests: RequestTable) -> None:
+    def __init__(
+        self,
+        pool: SummaryPool,
+        requests: RequestTable,
+        apply_notes: ApplyNotes | None = None,
+    ) -> None:
         self._pool = pool
-        self._requests = requests
+        self._apply_notes = apply_notes or functools.partial(
+            reference.apply_notes,
+            sealed=pool.sealed,
+            p=requests.p,
+            first_step=requests.first_step,
+            page_size=pool.page_size,
+        )
         self._pages: list[torch.Tensor] = []
         self._token_slots: list[torch.Tensor] = []
         self._is_all_released = False
@@ -66,38 +87,12 @@ class Ledger:
 
     def apply(self) -> None:
         """Apply what is noted, on the current stream."""
-        if self._p_of_slot:
-            values, self._p_of_slot = self._p_of_slot, {}
-            self._write_requests(values)
         if self._is_all_released:
             self._is_all_released = False
             self._pages, self._token_slots = [], []
             self._pool.unseal_all()
+        if not (self._pages or self._token_slots or self._p_of_slot):
             return
-        pages, self._pages = self._pages, []
-        if self._token_slots:
-            slots, self._token_slots = self._token_slots, []
-            pages.append(self._joined(slots) // self._pool.page_size)
-        if pages:
-            self._pool.unseal(self._joined(pages))
-
-    def _joined(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """All in one, on the pool's device."""
-        device = self._pool.sealed.device
-        for tensor in tensors:
-            if tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream())
-        moved = [tensor.to(device, torch.int64, non_blocking=True) for tensor in tensors]
-        return moved[0] if len(moved) == 1 else torch.cat(moved)
-
-    def _write_requests(self, values: dict[int, float]) -> None:
-        device = self._requests.p.device
-        # One copy for both; float64 holds every slot.
-        rows = torch.tensor(
-            [list(values), list(values.values())],
-            dtype=torch.float64,
-            pin_memory=device.type == "cuda",
-        ).to(device, non_blocking=True)
-        slots = rows[0].long()
-        self._requests.p.index_copy_(0, slots, rows[1].float())
-        self._requests.first_step.index_fill_(0, slots, True)
+        notes = self._pages, self._token_slots, self._p_of_slot
+        self._pages, self._token_slots, self._p_of_slot = [], [], {}
+        self._apply_notes(*notes)

@@ -1,0 +1,1 @@
+"""Notes: end seals and begin requests anew, as the scheduler noted since the last decode step."""

@@ -1,0 +1,93 @@
+"""The notes kernel against its reference."""
+
+import pytest
+import torch
+
+from twilight_sgl.kernels.notes import reference
+from twilight_sgl.kernels.notes.triton import _BLOCK, NotesApplier
+
+PS = 16
+PAGES, SLOTS = 4000, 2 * _BLOCK
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def values(*numbers: int, dtype: torch.dtype = torch.int64, device: str = DEVICE) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+# released pages, written KV slots, p by request slot
+NOTES = {
+    "one page": ([values(7)], [], {}),
+    "one request": ([], [], {3: 0.25}),
+    "written tokens": ([], [torch.arange(5 * PS - 1, 9 * PS + 1, device=DEVICE)], {}),
+    "page edges": ([], [values(PS - 1, PS, 2 * PS - 1, 4 * PS)], {}),
+    "several with repeats": (
+        [values(9, 9, 1), values(1), values(PAGES - 1)],
+        [values(9 * PS, 30 * PS + 3), values(30 * PS)],
+        {1: 0.95, 2: 1.0, SLOTS - 1: float("inf"), 9: 0.1},
+    ),
+    "more than a block": (
+        [torch.arange(3, 3 + 2 * _BLOCK + 5, device=DEVICE)],
+        [torch.arange(_BLOCK + 1, device=DEVICE) + PAGES // 2 * PS],
+        {slot: 1 / slot for slot in range(1, _BLOCK + 2)},
+    ),
+    "int32, strided and of the host": (
+        [values(5, 6, dtype=torch.int32), values(8, 80, 9, 90)[::2]],
+        [values(PS * 40, device="cpu"), values(PS * 41, dtype=torch.int32, device="cpu")],
+        {4: 0.5},
+    ),
+    "empty": ([values()], [values()], {}),
+}
+
+
+def state() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Most pages sealed, most requests past their first step."""
+    sealed = (torch.arange(PAGES, device=DEVICE) % 5 > 0).int()
+    first_step = torch.arange(SLOTS, device=DEVICE) % 3 == 0
+    return sealed, torch.full((SLOTS,), 0.75, device=DEVICE), first_step
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_equals_the_reference(name: str) -> None:
+    found, expected = state(), state()
+    reference.apply_notes(*NOTES[name], *expected, page_size=PS)
+    NotesApplier(*found, page_size=PS)(*NOTES[name])
+    for result, wanted in zip(found, expected, strict=True):
+        assert result.equal(wanted)
+
+
+def test_the_reference_ends_seals_and_begins_requests() -> None:
+    sealed, p, first_step = state()
+    notes = [values(1)], [values(2 * PS + 3, 3 * PS)], {4: 0.5}
+    reference.apply_notes(*notes, sealed, p, first_step, page_size=PS)
+    assert sealed[:7].tolist() == [0, 0, 0, 0, 1, 0, 1]
+    assert p[3:6].tolist() == [0.75, 0.5, 0.75]
+    assert first_step[3:7].tolist() == [True, True, False, True]
+
+
+def test_later_calls_may_be_of_other_sizes() -> None:
+    """On a GPU the kernel compiled for the first call runs all of them."""
+    found, expected = state(), state()
+    apply_notes = NotesApplier(*found, page_size=PS)
+    for notes in NOTES.values():
+        apply_notes(*notes)
+        reference.apply_notes(*notes, *expected, page_size=PS)
+        for result, wanted in zip(found, expected, strict=True):
+            assert result.equal(wanted)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is but one stream")
+def test_tensors_are_kept_until_they_are_read() -> None:
+    sealed, p, first_step = state()
+    apply_notes = NotesApplier(sealed, p, first_step, page_size=PS)
+    apply_notes([values(1)], [], {})  # compiles
+    reader = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(reader):
+        torch.cuda._sleep(100_000_000)
+        apply_notes([values(*range(2, 100))], [], {})
+    others = [torch.zeros(98, dtype=torch.int64, device=DEVICE) for _ in range(100)]
+    torch.cuda.synchronize()
+    assert not sealed[:100].any() and sealed[101:105].all()
+    apply_notes([values(200)], [], {})
+    assert len(apply_notes._in_use) == 1 and len(others) == 100
