@@ -12,6 +12,11 @@ import triton.language as tl
 from twilight_sgl.kernels.launch import CompiledLaunch
 
 _BLOCK = 1024
+_LEAST_NUMBERS = 512  # of a sheet
+# What a noted tensor holds.
+_TOKENS = 1  # else pages
+_INT64 = 2  # else int32
+_COLUMNS = 3  # of a tensor's note: its address, its length and a sum of these
 
 
 @triton.jit(do_not_specialize=["num_tensors", "num_requests"])
@@ -24,21 +29,29 @@ def _notes_kernel(
     num_requests,
     PS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     if program < num_tensors:
-        values_ptr = tl.load(notes_ptr + 2 * program).to(tl.pointer_type(tl.int64))
-        count = tl.load(notes_ptr + 2 * program + 1)  # negative where values are tokens
-        for start in range(0, tl.abs(count), BLOCK):
-            inside = start + lane < tl.abs(count)
-            value = tl.load(values_ptr + start + lane, inside, other=0)
-            page = tl.where(count < 0, value // PS, value)
+        note_ptr = notes_ptr + program * COLUMNS
+        address, count, kind = tl.load(note_ptr), tl.load(note_ptr + 1), tl.load(note_ptr + 2)
+        for start in range(0, count, BLOCK):
+            inside = start + lane < count
+            if (kind & INT64) != 0:
+                values_ptr = address.to(tl.pointer_type(tl.int64))
+                value = tl.load(values_ptr + start + lane, inside, other=0)
+            else:
+                narrow_ptr = address.to(tl.pointer_type(tl.int32))
+                value = tl.load(narrow_ptr + start + lane, inside, other=0).to(tl.int64)
+            page = tl.where((kind & TOKENS) != 0, value // PS, value)
             tl.store(sealed_ptr + page, tl.zeros([BLOCK], tl.int32), inside)
     else:
         request = (program - num_tensors) * BLOCK + lane
         inside = request < num_requests
-        note = tl.load(notes_ptr + 2 * num_tensors + request, inside, other=0)
+        note = tl.load(notes_ptr + num_tensors * COLUMNS + request, inside, other=0)
         slot = note >> 32
         p = (note & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
         tl.store(p_ptr + slot, p, inside)
@@ -52,11 +65,31 @@ def _bits(value: float) -> int:
     return bits
 
 
+class _Sheet:
+    """Host memory that the GPU reads notes from, with the tensors that these point to."""
+
+    def __init__(self, capacity: int, is_pinned: bool) -> None:
+        self.notes = torch.empty(capacity, dtype=torch.int64, pin_memory=is_pinned)
+        self.numbers = self.notes.numpy()
+        self.tensors: list[torch.Tensor] = []
+        self._read = torch.cuda.Event() if is_pinned else None
+
+    def send(self) -> None:
+        """The kernel that reads it was launched."""
+        if self._read is not None:
+            self._read.record()
+
+    def is_read(self) -> bool:
+        """Whether that kernel has ended."""
+        return self._read is None or self._read.query()
+
+
 class NotesApplier:
     """Ends seals and begins requests anew, always in the same tensors.
 
     The first token of a prompt waits for the launch of the decode step behind it, and with that
-    for this. So the host sends addresses, and the GPU reads what lies there.
+    for this. So the host writes down addresses, in memory pinned once and for all (to pin a new
+    tensor took a quarter of a millisecond), and one kernel reads them and what lies there.
 
     Args:
         sealed, p, first_step, page_size: see `reference.apply_notes`.
@@ -66,9 +99,10 @@ class NotesApplier:
         self, sealed: torch.Tensor, p: torch.Tensor, first_step: torch.Tensor, *, page_size: int
     ) -> None:
         self._tensors = sealed, p, first_step
-        self._constants = page_size, _BLOCK
+        self._constants = page_size, _BLOCK, _COLUMNS, _TOKENS, _INT64
         self._launch = CompiledLaunch(_notes_kernel, num_warps=4)
-        self._in_use: deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = deque()
+        self._sent: deque[_Sheet] = deque()
+        self._free: list[_Sheet] = []
 
     def __call__(
         self,
@@ -81,27 +115,38 @@ class NotesApplier:
         The tensors may be of another stream, whose work on them the current one waits for; they
         are kept until they have been read.
         """
-        device = self._tensors[0].device
-        tensors, notes = [], []
-        for values, sign in ((released_pages, 1), (written_slots, -1)):
-            for tensor in values:
-                tensor = tensor.to(device, torch.int64, non_blocking=True).contiguous()
+        tensors: list[torch.Tensor] = []
+        notes: list[int] = []
+        for values, holds in ((released_pages, 0), (written_slots, _TOKENS)):
+            for tensor in map(self._readable, values):
+                kind = holds + (_INT64 if tensor.dtype == torch.int64 else 0)
+                notes += tensor.data_ptr(), tensor.numel(), kind
                 tensors.append(tensor)
-                notes += tensor.data_ptr(), sign * tensor.numel()
         notes += [slot << 32 | _bits(value) for slot, value in p_of_slot.items()]
-        sent = torch.tensor(notes, dtype=torch.int64, pin_memory=device.type == "cuda")
+        sheet = self._sheet(len(notes))
+        sheet.numbers[: len(notes)] = notes
+        sheet.tensors = tensors
         programs = len(tensors) + triton.cdiv(len(p_of_slot), _BLOCK)
         counts = len(tensors), len(p_of_slot)
-        self._launch(
-            programs,
-            (sent.to(device, non_blocking=True), *self._tensors, *counts, *self._constants),
-        )
-        if tensors and device.type == "cuda":
-            self._keep(tensors)
+        self._launch(programs, (sheet.notes, *self._tensors, *counts, *self._constants))
+        sheet.send()
+        self._sent.append(sheet)
 
-    def _keep(self, tensors: list[torch.Tensor]) -> None:
-        while self._in_use and self._in_use[0][0].query():
-            self._in_use.popleft()
-        event = torch.cuda.Event()
-        event.record()
-        self._in_use.append((event, tensors))
+    def _readable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself where the kernel can read it."""
+        if tensor.dtype not in (torch.int32, torch.int64):
+            tensor = tensor.long()
+        return tensor.to(self._tensors[0].device, non_blocking=True).contiguous()
+
+    def _sheet(self, numbers: int) -> _Sheet:
+        """A sheet with room for so many, which nobody reads."""
+        while self._sent and self._sent[0].is_read():
+            sheet = self._sent.popleft()
+            sheet.tensors = []
+            self._free.append(sheet)
+        while self._free:
+            sheet = self._free.pop()
+            if len(sheet.numbers) >= numbers:
+                return sheet
+        capacity = triton.next_power_of_2(max(numbers, _LEAST_NUMBERS))
+        return _Sheet(capacity, self._tensors[0].is_cuda)

@@ -89,5 +89,13 @@ def test_tensors_are_kept_until_they_are_read() -> None:
     others = [torch.zeros(98, dtype=torch.int64, device=DEVICE) for _ in range(100)]
     torch.cuda.synchronize()
     assert not sealed[:100].any() and sealed[101:105].all()
-    apply_notes([values(200)], [], {})
-    assert len(apply_notes._in_use) == 1 and len(others) == 100
+    assert len(others) == 100
+
+
+def test_sheets_are_used_again() -> None:
+    apply_notes = NotesApplier(*state(), page_size=PS)
+    for requests in (1, 2000, 3, 2000, 5):
+        apply_notes([values(200)], [], dict.fromkeys(range(1, requests + 1), 0.5))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    assert len(apply_notes._sent) + len(apply_notes._free) == 1

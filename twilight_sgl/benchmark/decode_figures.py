@@ -27,7 +27,8 @@ class Measured:
         timed: with the prompts cached.
         before, after: `/server_info` around the timed pass.
         repeats: further answers of one token to what `cold`, `prefix` and `timed` were asked, by
-            those names: more samples of the time to first token where requests are few.
+            those names: more samples of the time to first token where requests are few. Those and
+            `cold` and `prefix` are the same of all passes of a start.
     """
 
     backend: str
@@ -39,10 +40,15 @@ class Measured:
     after: dict[str, Any]
     repeats: dict[str, list[Stream]] = field(default_factory=dict)
 
-    def first_token_ms(self, name: str) -> dict[str, float]:
-        """Percentiles of milliseconds to first token of `cold`, `prefix` or `timed`."""
-        streams = [*getattr(self, name), *self.repeats.get(name, ())]
-        return percentiles([stream.first_token_s for stream in streams])
+    def answers(self, name: str) -> list[Stream]:
+        """What was asked as `cold`, `prefix` or `timed`, the repeats included."""
+        return [*(getattr(self, name) or ()), *self.repeats.get(name, ())]
+
+
+def first_token_ms(passes: Sequence[Measured], name: str) -> dict[str, float]:
+    """Percentiles of milliseconds to first token of `cold`, `prefix` or `timed`, of all passes."""
+    streams = {id(stream): stream for each in passes for stream in each.answers(name)}
+    return percentiles([stream.first_token_s for stream in streams.values()])
 
 
 def percentiles(values: Sequence[float], weights: Sequence[int] | None = None) -> dict[str, float]:
@@ -133,9 +139,9 @@ def gpus(info: dict[str, Any]) -> int:
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
-    A row describes the pass with the median throughput (the lower of two in the middle), and ratios
-    are of medians over all passes of all starts. The first backend's own agreement is that of a
-    timed pass with its cold one: noise.
+    A row describes the pass with the median throughput (the lower of two in the middle), ratios are
+    of medians over all passes of all starts, and times to first token are of all of them together.
+    The first backend's own agreement is that of a timed pass with its cold one: noise.
     """
     passes: dict[tuple[Load, str], list[Measured]] = {}
     for result in results:
@@ -160,8 +166,8 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "requests": load.requests,
                 "prompt_tokens": load.prompt_tokens,
                 "output_tokens": output_tokens,
-                "ttft_cold_ms": result.first_token_ms("cold"),
-                "ttft_cached_ms": result.first_token_ms("timed"),
+                "ttft_cold_ms": first_token_ms(passes[key], "cold"),
+                "ttft_cached_ms": first_token_ms(passes[key], "timed"),
                 **speed,
                 "tokens_per_s_by_pass": rates[key],
                 "throughput_ratio": statistics.median(rates[key]) / base,
@@ -176,7 +182,7 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "twilight": states[0]["config"] if states else None,
             }
             if result.prefix is not None:
-                row["ttft_prefix_ms"] = result.first_token_ms("prefix")
+                row["ttft_prefix_ms"] = first_token_ms(passes[key], "prefix")
             rows.append(row)
     return rows
 
@@ -243,8 +249,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{text}\n\nTimes are ms, p50 / p95. {floor}Candidates and kept are of the context. Equal: "
         f"output tokens before the first that differs from {first}'s; exact: requests without one; "
         f"{first}'s own are of two runs of it. Of several passes tokens/s is the median (least to "
-        "most), the ratio that of medians, and the rest is of the pass in the middle, of two the "
-        "slower.\n"
+        "most), the ratio that of medians, TTFT is of all of them, and the rest is of the pass in "
+        "the middle, of two the slower.\n"
     )
 
 
