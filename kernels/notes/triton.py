@@ -16,6 +16,7 @@ _LEAST_NUMBERS = 512  # of a sheet
 # What a noted tensor holds.
 _TOKENS = 1  # else pages
 _INT64 = 2  # else int32
+_WIDTHS = {torch.int32: 0, torch.int64: _INT64}
 _COLUMNS = 3  # of a tensor's note: its address, its length and a sum of these
 
 
@@ -66,7 +67,7 @@ def _bits(value: float) -> int:
 
 
 class _Sheet:
-    """Host memory that the GPU reads notes from, with the tensors that these point to."""
+    """Host memory that the GPU reads notes from, and tensors that must not be freed before."""
 
     def __init__(self, capacity: int, is_pinned: bool) -> None:
         self.notes = torch.empty(capacity, dtype=torch.int64, pin_memory=is_pinned)
@@ -119,13 +120,13 @@ class NotesApplier:
         notes: list[int] = []
         for values, holds in ((released_pages, 0), (written_slots, _TOKENS)):
             for tensor in map(self._readable, values):
-                kind = holds + (_INT64 if tensor.dtype == torch.int64 else 0)
+                kind = holds | _WIDTHS[tensor.dtype]
                 notes += tensor.data_ptr(), tensor.numel(), kind
                 tensors.append(tensor)
         notes += [slot << 32 | _bits(value) for slot, value in p_of_slot.items()]
         sheet = self._sheet(len(notes))
         sheet.numbers[: len(notes)] = notes
-        sheet.tensors = tensors
+        sheet.tensors = [*tensors, *released_pages, *written_slots]
         programs = len(tensors) + triton.cdiv(len(p_of_slot), _BLOCK)
         counts = len(tensors), len(p_of_slot)
         self._launch(programs, (sheet.notes, *self._tensors, *counts, *self._constants))
@@ -134,9 +135,12 @@ class NotesApplier:
 
     def _readable(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself where the kernel can read it."""
-        if tensor.dtype not in (torch.int32, torch.int64):
+        sealed = self._tensors[0]
+        if tensor.dtype not in _WIDTHS:
             tensor = tensor.long()
-        return tensor.to(self._tensors[0].device, non_blocking=True).contiguous()
+        if tensor.is_cuda == sealed.is_cuda and tensor.is_contiguous():
+            return tensor
+        return tensor.to(sealed.device, non_blocking=True).contiguous()
 
     def _sheet(self, numbers: int) -> _Sheet:
         """A sheet with room for so many, which nobody reads."""

@@ -77,7 +77,8 @@ def test_later_calls_may_be_of_other_sizes() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is but one stream")
-def test_tensors_are_kept_until_they_are_read() -> None:
+@pytest.mark.parametrize("step", [1, 2], ids=["as they are", "copied first"])
+def test_tensors_are_kept_until_they_are_read(step: int) -> None:
     sealed, p, first_step = state()
     apply_notes = NotesApplier(sealed, p, first_step, page_size=PS)
     apply_notes([values(1)], [], {})  # compiles
@@ -85,10 +86,10 @@ def test_tensors_are_kept_until_they_are_read() -> None:
     torch.cuda.synchronize()
     with torch.cuda.stream(reader):
         torch.cuda._sleep(100_000_000)
-        apply_notes([values(*range(2, 100))], [], {})
+        apply_notes([values(*range(2, 100))[::step]], [], {})
     others = [torch.zeros(98, dtype=torch.int64, device=DEVICE) for _ in range(100)]
     torch.cuda.synchronize()
-    assert not sealed[:100].any() and sealed[101:105].all()
+    assert not sealed[2:100:step].any() and sealed[101:105].all()
     assert len(others) == 100
 
 
