@@ -20,7 +20,7 @@ _WIDTHS = {torch.int32: 0, torch.int64: _INT64}
 _COLUMNS = 3  # of a tensor's note: its address, its length and a sum of these
 
 
-@triton.jit(do_not_specialize=["num_tensors", "num_requests"])
+@triton.jit(do_not_specialize=["num_tensors", "num_requests", "num_pages"])
 def _notes_kernel(
     notes_ptr,
     sealed_ptr,
@@ -28,6 +28,7 @@ def _notes_kernel(
     first_step_ptr,
     num_tensors,
     num_requests,
+    num_pages,
     PS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -48,6 +49,7 @@ def _notes_kernel(
                 narrow_ptr = address.to(tl.pointer_type(tl.int32))
                 value = tl.load(narrow_ptr + start + lane, inside, other=0).to(tl.int64)
             page = tl.where((kind & TOKENS) != 0, value // PS, value)
+            inside &= (page > 0) & (page < num_pages)
             tl.store(sealed_ptr + page, tl.zeros([BLOCK], tl.int32), inside)
     else:
         request = (program - num_tensors) * BLOCK + lane
@@ -128,7 +130,7 @@ class NotesApplier:
         sheet.numbers[: len(notes)] = notes
         sheet.tensors = [*tensors, *released_pages, *written_slots]
         programs = len(tensors) + triton.cdiv(len(p_of_slot), _BLOCK)
-        counts = len(tensors), len(p_of_slot)
+        counts = len(tensors), len(p_of_slot), len(self._tensors[0])
         self._launch(programs, (sheet.notes, *self._tensors, *counts, *self._constants))
         sheet.send()
         self._sent.append(sheet)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twilight_sgl.kernels.notes import reference
-from twilight_sgl.kernels.notes.triton import _BLOCK, NotesApplier
+from twilight_sgl.kernels.notes.triton import _BLOCK, NotesApplier, _Sheet
 
 PS = 16
 PAGES, SLOTS = 4000, 2 * _BLOCK
@@ -37,6 +37,7 @@ NOTES = {
         {4: 0.5},
     ),
     "empty": ([values()], [values()], {}),
+    "no pages": ([values(0, -1, PAGES, 6)], [values(-1, -PS - 1, PAGES * PS, 3)], {}),
 }
 
 
@@ -78,19 +79,34 @@ def test_later_calls_may_be_of_other_sizes() -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is but one stream")
 @pytest.mark.parametrize("step", [1, 2], ids=["as they are", "copied first"])
-def test_tensors_are_kept_until_they_are_read(step: int) -> None:
+def test_what_was_noted_is_kept_until_it_is_read(step: int) -> None:
     sealed, p, first_step = state()
     apply_notes = NotesApplier(sealed, p, first_step, page_size=PS)
-    apply_notes([values(1)], [], {})  # compiles
+    apply_notes([values(1, 1, 1, 1)[::step]], [], {})  # compiles
+    first, second = values(*range(2, 100)), values(*range(102, 200))
     reader = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(reader):
-        torch.cuda._sleep(100_000_000)
-        apply_notes([values(*range(2, 100))[::step]], [], {})
+        torch.cuda._sleep(1_000_000_000)
+        apply_notes([first[::step]], [], {3: 0.25})
+        apply_notes([second[::step]], [], {4: 0.5})
+    assert not apply_notes._sent[-2].is_read(), "nothing was to be waited for"
+    del first, second
     others = [torch.zeros(98, dtype=torch.int64, device=DEVICE) for _ in range(100)]
     torch.cuda.synchronize()
-    assert not sealed[2:100:step].any() and sealed[101:105].all()
-    assert len(others) == 100
+    assert not sealed[2:100:step].any() and not sealed[102:200:step].any()
+    assert sealed[201:205].all()
+    assert p[3:5].tolist() == [0.25, 0.5] and len(others) == 100
+
+
+def test_a_sheet_that_may_not_be_read_yet_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply_notes = NotesApplier(*state(), page_size=PS)
+    monkeypatch.setattr(_Sheet, "is_read", lambda sheet: False)
+    notes = [values(7)], [values(9 * PS)], {3: 0.25}
+    for _ in range(3):
+        apply_notes(*notes)
+    assert len({sheet.notes.data_ptr() for sheet in apply_notes._sent}) == 3
+    assert all(sheet.tensors for sheet in apply_notes._sent)
 
 
 def test_sheets_are_used_again() -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +124,14 @@ class Benchmark:
         cold, prefix = {}, {}
         repeats: dict[str, dict[str, list[Stream]]] = {server.name: {} for server in servers}
 
+        async def in_turn(turn: int, what: str) -> AsyncIterator[Server]:
+            """Servers one after another, every other turn the other way round."""
+            for server in servers[:: -1 if turn % 2 else 1]:
+                progress.set_description(f"{load.name} {server.name}, {what}")
+                await asyncio.sleep(PAUSE_SECONDS)
+                yield server
+                progress.update()
+
         async def first_tokens(server: Server, cached: list[list[int]] | None) -> list[Stream]:
             """Answers of one token, with nothing but `cached` cached; None leaves the cache."""
             if cached is not None:
@@ -132,50 +140,44 @@ class Benchmark:
                 await _ask(server, generate(session, server.url, cached, max_tokens=1))
             return await _ask(server, generate(session, server.url, prompts, max_tokens=1))
 
-        async def repeat(name: str, cached: list[list[int]] | None) -> None:
-            for turn in range(self.repeats(load, all_cached=cached is None)):
-                for server in servers[:: -1 if turn % 2 else 1]:
-                    progress.set_description(f"{load.name} {server.name}, first tokens, {name}")
-                    await asyncio.sleep(PAUSE_SECONDS)
+        async def repeat(name: str, cached: list[list[int]] | None, turn: int = 0) -> int:
+            """Ask for first tokens again, from a turn on; returns the next one."""
+            last = turn + self.repeats(load, all_cached=cached is None)
+            for number in range(turn, last):
+                async for server in in_turn(number, f"first tokens, {name}"):
                     answers = await first_tokens(server, cached)
                     repeats[server.name].setdefault(name, []).extend(answers)
-                    progress.update()
+            return last
 
-        await repeat("cold", [])
-        for server in servers:
-            progress.set_description(f"{load.name} {server.name}, cold")
+        async for server in in_turn(await repeat("cold", []), "cold"):
             await _ask(server, flush_cache(session, server.url))
             answer = generate(
                 session, server.url, prompts, max_tokens=tokens, stream_interval=interval
             )
             cold[server.name] = await _ask(server, answer)
-            progress.update()
         if prefix_tokens:
             shared = [prompts[0][:prefix_tokens]]
-            await repeat("prefix", shared)
-            for server in servers:
-                progress.set_description(f"{load.name} {server.name}, prefix cached")
+            async for server in in_turn(await repeat("prefix", shared), "prefix cached"):
                 prefix[server.name] = await first_tokens(server, shared)
-                progress.update()
-        for turn, number in itertools.product(range(self.args.passes), range(len(servers))):
-            server = servers[-1 - number if turn % 2 else number]
-            name = server.name
-            progress.set_description(f"{load.name} {name}, timed")
-            before = await _ask(server, server_info(session, server.url))
-            answer = generate(
-                session,
-                server.url,
-                prompts,
-                max_tokens=self.most_tokens(load),
-                stream_interval=interval,
-                phase_tokens=tokens,
-            )
-            timed = await _ask(server, answer)
-            after = await _ask(server, server_info(session, server.url))
-            first = cold[name], prefix.get(name)
-            self.results.append(Measured(name, load, *first, timed, before, after, repeats[name]))
-            progress.update()
-        await repeat("timed", None)
+        for turn in range(self.args.passes):
+            async for server in in_turn(turn, "timed"):
+                name = server.name
+                before = await _ask(server, server_info(session, server.url))
+                answer = generate(
+                    session,
+                    server.url,
+                    prompts,
+                    max_tokens=self.most_tokens(load),
+                    stream_interval=interval,
+                    phase_tokens=tokens,
+                )
+                timed = await _ask(server, answer)
+                after = await _ask(server, server_info(session, server.url))
+                of_start = cold[name], prefix.get(name)
+                self.results.append(
+                    Measured(name, load, *of_start, timed, before, after, repeats[name])
+                )
+        await repeat("timed", None, turn=self.args.passes)
 
 
 async def _ask(server: Server, answer: Awaitable[Answer]) -> Answer:
