@@ -12,7 +12,8 @@ import triton.language as tl
 from twilight_sgl.kernels.launch import CompiledLaunch
 
 _BLOCK = 1024
-_LEAST_NUMBERS = 512  # of a sheet
+_SHEETS = 4  # made in advance: to pin memory while requests wait would take longer than all else
+_NUMBERS = 4096  # of such a sheet
 # What a noted tensor holds.
 _TOKENS = 1  # else pages
 _INT64 = 2  # else int32
@@ -105,7 +106,8 @@ class NotesApplier:
         self._constants = page_size, _BLOCK, _COLUMNS, _TOKENS, _INT64
         self._launch = CompiledLaunch(_notes_kernel, num_warps=4)
         self._sent: deque[_Sheet] = deque()
-        self._free: list[_Sheet] = []
+        self._free = [_Sheet(_NUMBERS, sealed.is_cuda) for _ in range(_SHEETS)]
+        self([sealed[:0]], [], {})  # compiles the kernel
 
     def __call__(
         self,
@@ -154,5 +156,5 @@ class NotesApplier:
             sheet = self._free.pop()
             if len(sheet.numbers) >= numbers:
                 return sheet
-        capacity = triton.next_power_of_2(max(numbers, _LEAST_NUMBERS))
+        capacity = triton.next_power_of_2(max(numbers, _NUMBERS))
         return _Sheet(capacity, self._tensors[0].is_cuda)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from twilight_sgl.kernels.notes import reference
+from twilight_sgl.kernels.notes import triton as notes_kernel
 from twilight_sgl.kernels.notes.triton import _BLOCK, NotesApplier, _Sheet
 
 PS = 16
@@ -82,7 +83,6 @@ def test_later_calls_may_be_of_other_sizes() -> None:
 def test_what_was_noted_is_kept_until_it_is_read(step: int) -> None:
     sealed, p, first_step = state()
     apply_notes = NotesApplier(sealed, p, first_step, page_size=PS)
-    apply_notes([values(1, 1, 1, 1)[::step]], [], {})  # compiles
     first, second = values(*range(2, 100)), values(*range(102, 200))
     reader = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -101,18 +101,29 @@ def test_what_was_noted_is_kept_until_it_is_read(step: int) -> None:
 
 def test_a_sheet_that_may_not_be_read_yet_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     apply_notes = NotesApplier(*state(), page_size=PS)
+    apply_notes._sent.clear()
     monkeypatch.setattr(_Sheet, "is_read", lambda sheet: False)
     notes = [values(7)], [values(9 * PS)], {3: 0.25}
-    for _ in range(3):
+    for _ in range(6):
         apply_notes(*notes)
-    assert len({sheet.notes.data_ptr() for sheet in apply_notes._sent}) == 3
+    assert len({sheet.notes.data_ptr() for sheet in apply_notes._sent}) == 6
     assert all(sheet.tensors for sheet in apply_notes._sent)
 
 
-def test_sheets_are_used_again() -> None:
+@pytest.mark.parametrize("numbers", [4096, 512], ids=["with room", "too small for some"])
+def test_sheets_are_used_again(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notes_kernel, "_NUMBERS", numbers)
     apply_notes = NotesApplier(*state(), page_size=PS)
+    made: list[int] = []
+
+    class Counted(_Sheet):
+        def __init__(self, capacity: int, is_pinned: bool) -> None:
+            super().__init__(capacity, is_pinned)
+            made.append(capacity)
+
+    monkeypatch.setattr(notes_kernel, "_Sheet", Counted)
     for requests in (1, 2000, 3, 2000, 5):
         apply_notes([values(200)], [], dict.fromkeys(range(1, requests + 1), 0.5))
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-    assert len(apply_notes._sent) + len(apply_notes._free) == 1
+    assert made == ([2048] if numbers < 2000 else [])
