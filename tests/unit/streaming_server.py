@@ -36,6 +36,7 @@ class StreamingServer:
         self.incremental, self.refusal, self.refuse_with = incremental, refusal, refuse_with
         self.drops = drops
         self.requests: list[dict[str, Any]] = []
+        self.clients: list[Any] = []
         self.flushes = 0
         self.running: set[str] = set()
         self.aborted: set[str] = set()
@@ -87,6 +88,7 @@ class StreamingServer:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
+        self.clients.append(request.transport and request.transport.get_extra_info("peername"))
         if self.refusal and self.refuse_with != 200:
             return web.Response(status=self.refuse_with, text=self.refusal)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

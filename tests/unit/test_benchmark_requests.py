@@ -92,6 +92,17 @@ def test_streams_hold_every_token_once(interval: int, incremental: bool) -> None
     assert not server.aborted
 
 
+def test_no_request_waits_on_a_connection_that_the_server_may_close() -> None:
+    async def run(url: str) -> None:
+        async with open_session() as session:
+            for _ in range(3):
+                await generate(session, url, [[1]], max_tokens=1)
+
+    with StreamingServer() as server:
+        asyncio.run(run(server.url))
+    assert len(set(server.clients)) == 3
+
+
 def test_requests_end_once_all_have_decoded_together() -> None:
     async def run(url: str) -> list[Stream]:
         async with open_session() as session:

@@ -218,7 +218,7 @@ def check_server(server: Server) -> dict[str, Any]:
 
 
 async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> None:
-    async with open_session(keep_alive=False) as session:
+    async with open_session() as session:
         server = await find_server(session, args.url)
         config = check_server(server)
         pool_tokens = server.info["max_total_num_tokens"]

@@ -70,15 +70,14 @@ class Stream:
             self.chunks.append((now, count))
 
 
-def open_session(*, keep_alive: bool = True) -> aiohttp.ClientSession:
-    """A session without a limit on requests at a time.
+def open_session() -> aiohttp.ClientSession:
+    """A session without a limit on requests at a time, each on a connection of its own.
 
-    Args:
-        keep_alive: connections serve several requests. A server that closes idle ones may do so
-            just when a request is sent, which then fails.
+    A server closes connections that are idle for some seconds, SGLang's after five, and may do so
+    just when the next request is sent, which then fails.
     """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=not keep_alive),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=_SILENCE_SECONDS),
         read_bufsize=_LINE_BYTES,
     )
