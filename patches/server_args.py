@@ -14,6 +14,7 @@ from twilight_sgl.patches import Patch
 from twilight_sgl.patches.compat import (
     attention_backend_names,
     model_config,
+    parallel_layout,
     resolution_method,
     resolved,
     uses_twilight,
@@ -100,6 +101,11 @@ def _refuse_unsupported(server_args: Any) -> None:
             f"--dcp-size {view.dcp_size} widens pages over ranks, which Twilight cannot follow; "
             f"{REMEDY}"
         )
+    if view.device == "cpu" and view.enable_dp_attention:
+        raise TwilightError(
+            "--enable-dp-attention: SGLang's attention on CPUs is not data-parallel; drop the flag "
+            "(--dp-size alone starts replicas), or serve on GPUs"
+        )
     if view.kv_cache_dtype not in KV_CACHE_DTYPES:
         raise TwilightError(
             f"--kv-cache-dtype {view.kv_cache_dtype}: Twilight reads {', '.join(KV_CACHE_DTYPES)}"
@@ -130,7 +136,8 @@ def _refuse_unsupported(server_args: Any) -> None:
     model = model_config(server_args)
     refuse_model(model)
     if view.device == "cuda":
-        _refuse_shape(model, view.kv_cache_dtype, view.tp_size)
+        _, groups = parallel_layout(server_args)
+        _refuse_shape(model, view.kv_cache_dtype, view.tp_size // groups)
 
 
 def _refuse_modes(view: Any) -> None:
@@ -157,8 +164,8 @@ def refuse_model(model: Any) -> None:
         raise TwilightError(f"{model.model_path} is an encoder-decoder model; {remedy}")
 
 
-def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
-    """Refuse a model whose heads or types the GPU kernels do not cover."""
+def _refuse_shape(model: Any, kv_cache_dtype: str, ranks: int) -> None:
+    """Refuse a model whose heads, shared out to ranks, or types the GPU kernels do not cover."""
     import torch
 
     from twilight_sgl.attention.selectors.boxes import SLACK
@@ -175,9 +182,9 @@ def _refuse_shape(model: Any, kv_cache_dtype: str, tp_size: int) -> None:
             f"{', '.join(sorted(SLACK))}"
         )
     fp8 = kv_cache_dtype == "fp8_e4m3"
-    heads_kv = model.get_num_kv_heads(tp_size)
+    heads_kv = model.get_num_kv_heads(ranks)
     ok, reason = supports(
-        heads_q=max(model.num_attention_heads // tp_size, heads_kv),
+        heads_q=max(model.num_attention_heads // ranks, heads_kv),
         heads_kv=heads_kv,
         dim=model.head_dim,
         dim_v=model.v_head_dim,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
@@ -23,6 +24,9 @@ def server_args(**given: Any) -> SimpleNamespace:
         "speculative_algorithm": None,
         "speculative_draft_attention_backend": None,
         "speculative_attention_mode": "prefill",
+        "tp_size": 1,
+        "dp_size": 1,
+        "enable_dp_attention": False,
     }
     return SimpleNamespace(**values | given)
 
@@ -97,6 +101,7 @@ REFUSED = {
     **{name: ({name: True}, reason) for name, reason in server_args_patches.REFUSED_MODES.items()},
     "another page size": ({"page_size": 1}, "--page-size is 1 after"),
     "decode context parallelism": ({"dcp_size": 2}, "--dcp-size 2"),
+    "data-parallel attention on a CPU": ({"enable_dp_attention": True}, "--enable-dp-attention"),
     "fp4 keys": ({"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
     "verification as decode": (
         {"speculative_algorithm": "EAGLE", "speculative_attention_mode": "decode"},
@@ -123,6 +128,42 @@ def test_refused_models(refuse: Callable) -> None:
             refuse(has)
         assert "m " in str(caught.value)
         assert "use another --decode-attention-backend" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "heads"),
+    [
+        ({}, (32, 8)),
+        ({"tp_size": 4}, (8, 2)),
+        ({"tp_size": 4, "dp_size": 4}, (8, 2)),  # replicas
+        ({"tp_size": 4, "dp_size": 2, "enable_dp_attention": True}, (16, 4)),
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, (32, 8)),
+    ],
+)
+def test_kernels_are_asked_about_the_heads_of_an_attention_rank(
+    refuse: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: dict[str, Any],
+    heads: tuple[int, int],
+) -> None:
+    asked = []
+
+    def supports(**shape: Any) -> tuple[bool, str]:
+        asked.append((shape["heads_q"], shape["heads_kv"]))
+        return False, "so they say"
+
+    monkeypatch.setattr("twilight_sgl.attention.triton_pipeline.supports", supports)
+    model = {
+        "num_attention_heads": 32,
+        "get_num_kv_heads": lambda ranks: 8 // ranks,
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "dtype": torch.bfloat16,
+        "context_len": 4096,
+    }
+    with pytest.raises(TwilightError, match="so they say"):
+        refuse(model, device="cuda", **parallel)
+    assert asked == [heads]
 
 
 def test_flags_reach_the_environment() -> None:
