@@ -70,7 +70,8 @@ class TwilightConfig:
     min_step_mb: int = _knob(
         96,
         "on a GPU, a step whose requests of that length hold fewer MB of KV cache a layer than "
-        "this attends to everything (selecting gains little or nothing there); 0: none does",
+        "this attends to everything (selecting gains little or nothing there); 0: none does; "
+        "without effect under --enable-dp-attention, whose ranks replay the same graph",
     )
     page_size: int = _knob(
         16, "tokens a page; follows --page-size when only that is given (16, 32 or 64)"

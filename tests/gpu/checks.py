@@ -109,28 +109,40 @@ def prefill_noise(server: Server, answers: list[Answer], **request: Any) -> floa
     return largest
 
 
-def budget_problem(family: "Family", before: dict[str, Any], after: dict[str, Any]) -> str:
+def counted(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[int]:
+    """Tokens of the context, candidates and kept ones, that all data-parallel ranks counted."""
+    return [
+        sum(state["budget"][name] for state in after)
+        - sum(state["budget"][name] for state in before)
+        for name in ("context_tokens", "candidate_tokens", "kept_tokens")
+    ]
+
+
+def budget_problem(
+    family: "Family", before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> str:
     """What is wrong with the budget of one `ask` with p = 1, if anything."""
-    names = ("context_tokens", "candidate_tokens", "kept_tokens")
-    context, candidates, kept = (after["budget"][n] - before["budget"][n] for n in names)
+    context, candidates, kept = counted(before, after)
     if not context == candidates == kept:
         return f"of {context} tokens {candidates} were candidates and {kept} kept"
     once = sum(size + step for size in PROMPT_TOKENS for step in range(1, TOKENS))
-    # A rank counts its own KV heads.
-    layers = context / (once * family.settings["num_key_value_heads"] // family.gpus)
+    heads = family.settings["num_key_value_heads"] // family.head_ranks
+    if any(len(state["heads"]["kept_fraction"][0]) != heads for state in after):
+        return f"a rank does not have {heads} KV heads: {after}"
+    layers = context / (once * heads)
     # Overlap scheduling decodes one more token than a request takes.
     if round(layers, 0) != family.selecting_layers:
         return f"{layers:.2f} layers were sparse, expected {family.selecting_layers}"
-    return audit_problem(after)
+    return audit_problem(*after)
 
 
 def equality(family: "Family", server: Server) -> str:
     """Keeping everything equals dense attention; keeping little does not."""
     dense = ask(server, {"enabled": False}, **family.request)
     tolerance = 2 * prefill_noise(server, dense, **family.request)
-    before = server.twilight()
+    before = server.twilights()
     everything = ask(server, {"p": 1.0}, **family.request)
-    problem = budget_problem(family, before, server.twilight())
+    problem = budget_problem(family, before, server.twilights())
     if problem:
         return problem
     largest = max(map(difference, dense, everything))
@@ -189,10 +201,61 @@ def retracted(family: "Family", server: Server) -> str:
     return audit_problem(server.twilight())
 
 
-def audit_problem(state: dict[str, Any]) -> str:
-    """What the audit found, or that it did not run."""
-    if state["audit"]["violations"] or not state["audit"]["checks"]:
-        return f"the audit says {state['audit']}"
+def alike(family: "Family", together: Server, alone: Server) -> str:
+    """Several ranks answer as one GPU does, and keep as much of the context."""
+    dense = ask(alone, {"enabled": False}, **family.request)
+    tolerance = 2 * prefill_noise(alone, dense, **family.request)
+    for asked in ({"enabled": False}, {"p": 1.0}, {"p": 0.9}):
+        answers, shares = [], []
+        for server in (together, alone):
+            before = server.twilights()
+            answers.append(ask(server, asked, **family.request))
+            context, _, kept = counted(before, server.twilights())
+            shares.append(kept / max(context, 1))
+        largest = max(map(difference, *answers))
+        print(f"{family.flags} {asked}: {largest:.4f} of {tolerance:.4f}, kept {shares}")
+        if largest > tolerance:
+            return (
+                f"asked for {asked} logprobs differ from one GPU's by {largest:.4f}, "
+                f"more than {tolerance:.4f}"
+            )
+        if abs(shares[0] - shares[1]) > 0.02 * shares[1]:
+            return f"asked for {asked} they kept {shares[0]:.4f}, one GPU {shares[1]:.4f}"
+    return audit_problem(*together.twilights())
+
+
+def shared_out(family: "Family", server: Server) -> str:
+    """`equality` holds under data-parallel attention, and a rank without a request does nothing."""
+    problem = equality(family, server)
+    if problem:
+        return problem
+    before = [doings(state) for state in server.twilights()]
+    decode(server, prompts()[-1], TOKENS, {"p": 0.5})
+    after = [doings(state) for state in server.twilights()]
+    if sum(state in before for state in after) != len(after) - 1:
+        return f"one request moved other than one rank's totals: {before} became {after}"
+    drawn = random.Random(4)
+    with ThreadPoolExecutor(1) as pool:
+        # Every other prompt is prefilled by the rank beside the one that decodes.
+        decoding = pool.submit(decode, server, prompts()[1], 512, {"p": 0.5})
+        while not decoding.done():
+            decode(server, [drawn.randrange(3, VOCABULARY) for _ in range(200)], 2, {"p": 0.5})
+        tokens = decoding.result()["meta_info"]["completion_tokens"]
+    if tokens != 512:
+        return f"{tokens} tokens beside prefills of the other rank"
+    return audit_problem(*server.twilights())
+
+
+def doings(state: dict[str, Any]) -> list[Any]:
+    """What of a rank's state changes when it decodes."""
+    return [state[name] for name in ("budget", "steps", "pages", "audit")]
+
+
+def audit_problem(*states: dict[str, Any]) -> str:
+    """What the audit of any rank found, or that it did not run."""
+    for state in states:
+        if state["audit"]["violations"] or not state["audit"]["checks"]:
+            return f"the audit says {state['audit']}"
     return ""
 
 

@@ -1,9 +1,10 @@
 """Model families under Twilight: tiny random models, each on a server of its own, all at once.
 
 A family passes when decoding with p = 1 over all pages equals dense decoding on the same server,
-up to that server's own rounding noise: the logprobs that its prefill gives the same tokens.
+up to that server's own rounding noise: the logprobs that its prefill gives the same tokens. What
+takes several GPUs must then answer as a server on one GPU does.
 
-    python tests/gpu/models.py --out DIR [--only NAME] [FLAG ...]
+    python tests/gpu/models.py --out DIR [--only NAME ...] [FLAG ...]
 
 prints a line a family and leaves the servers' logs in DIR; FLAGs go to every server.
 """
@@ -21,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "server"))
 
-from checks import VOCABULARY, adapted, equality, idle, mixed, reloaded, retracted
+from checks import (
+    VOCABULARY,
+    adapted,
+    alike,
+    equality,
+    idle,
+    mixed,
+    reloaded,
+    retracted,
+    shared_out,
+)
 from client import Server, running
 
 if TYPE_CHECKING:
@@ -73,6 +84,7 @@ class Family:
         adapter: write a LoRA adapter for the attention's projections.
         request: further fields of each request.
         gpus: GPUs that its server takes.
+        head_ranks: ranks that the KV heads are shared out to.
     """
 
     model_type: str
@@ -84,6 +96,7 @@ class Family:
     adapter: bool = False
     request: dict[str, Any] = field(default_factory=dict)
     gpus: int = 1
+    head_ranks: int = 1
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -184,7 +197,14 @@ FAMILIES = {
     ),
     "llama-mixed": Family("llama", LLAMA, flags=("--enable-mixed-chunk",), check=mixed),
     "llama-ngram": Family("llama", LLAMA, flags=NGRAM, check=idle),
-    "llama-tensor-parallel": Family("llama", LLAMA, flags=("--tp-size", "2"), gpus=2),
+    "llama-tensor-parallel": Family("llama", LLAMA, flags=("--tp-size", "2"), gpus=2, head_ranks=2),
+    "qwen3-data-parallel": Family(
+        "qwen3",
+        {},
+        flags=("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"),
+        check=shared_out,
+        gpus=2,
+    ),
     "llama-eagle": Family(
         "llama",
         LLAMA,
@@ -247,10 +267,14 @@ def verdict(name: str, folder: Path, logs: Path, flags: Iterable[str]) -> str:
     """Serve a written model and check it: `ok`, how it differs, or the end of an error."""
     family = FAMILIES[name]
     own = [flag.format(folder=folder) for flag in family.flags]
-    argv = ["--model-path", str(folder), *FLAGS, *own, *flags]
+    usual = ["--model-path", str(folder), *FLAGS, *flags]
     try:
-        with running(argv, logs / f"{name}.log") as server:
-            return family.check(family, server.wait()) or "ok"
+        with running([*usual, *own], logs / f"{name}.log") as server:
+            problem = family.check(family, server.wait())
+            if problem or family.gpus == 1:
+                return problem or "ok"
+            with running(usual, logs / f"{name}-alone.log") as alone:
+                return alike(family, server, alone.wait()) or "ok"
     except (AssertionError, KeyError, OSError, RuntimeError) as error:
         return f"error: {type(error).__name__}: {last_lines(str(error))}"
 
@@ -279,10 +303,12 @@ def main() -> int:
     """Check the families asked for; returns the number of those that are not ok."""
     parser = argparse.ArgumentParser(description="Model families under Twilight.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for logs")
-    parser.add_argument("--only", choices=FAMILIES, metavar="NAME", help=", ".join(FAMILIES))
+    parser.add_argument(
+        "--only", choices=FAMILIES, nargs="+", metavar="NAME", help=", ".join(FAMILIES)
+    )
     arguments, flags = parser.parse_known_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = [arguments.only] if arguments.only else runnable()
+    names = arguments.only or runnable()
     bad = 0
     with verdicts(names, arguments.out, flags) as futures:
         for name, future in futures.items():
