@@ -101,7 +101,8 @@ def _refuse_unsupported(server_args: Any) -> None:
             f"--dcp-size {view.dcp_size} widens pages over ranks, which Twilight cannot follow; "
             f"{REMEDY}"
         )
-    if view.device == "cpu" and view.enable_dp_attention:
+    _, groups = parallel_layout(server_args)
+    if view.device == "cpu" and groups > 1:
         raise TwilightError(
             "--enable-dp-attention: SGLang's attention on CPUs is not data-parallel; drop the flag "
             "(--dp-size alone starts replicas), or serve on GPUs"
@@ -136,7 +137,6 @@ def _refuse_unsupported(server_args: Any) -> None:
     model = model_config(server_args)
     refuse_model(model)
     if view.device == "cuda":
-        _, groups = parallel_layout(server_args)
         _refuse_shape(model, view.kv_cache_dtype, view.tp_size // groups)
 
 

@@ -101,7 +101,10 @@ REFUSED = {
     **{name: ({name: True}, reason) for name, reason in server_args_patches.REFUSED_MODES.items()},
     "another page size": ({"page_size": 1}, "--page-size is 1 after"),
     "decode context parallelism": ({"dcp_size": 2}, "--dcp-size 2"),
-    "data-parallel attention on a CPU": ({"enable_dp_attention": True}, "--enable-dp-attention"),
+    "data-parallel attention on a CPU": (
+        {"tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+        "--enable-dp-attention",
+    ),
     "fp4 keys": ({"kv_cache_dtype": "fp4_e2m1"}, "--kv-cache-dtype fp4_e2m1"),
     "verification as decode": (
         {"speculative_algorithm": "EAGLE", "speculative_attention_mode": "decode"},
