@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from twilight_sgl.benchmark.servers import free_port
 
 START_SECONDS = 400
 Prompt = str | list[int]  # text or token ids
@@ -121,13 +122,6 @@ def environment() -> dict[str, str]:
     """
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return kept | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

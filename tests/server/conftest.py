@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from client import Server, free_port, running
+from client import Server, running
+
+from twilight_sgl.benchmark.servers import free_port
 
 USUAL = [
     *("--twilight-audit-interval", "16", "--twilight-min-context-tokens", "512"),

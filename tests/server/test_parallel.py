@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
-from client import START_SECONDS, Server, free_port, prose, running
+from client import START_SECONDS, Server, prose, running
 from test_telemetry import expected, wait_for
+
+from twilight_sgl.benchmark.servers import free_port
 
 pytestmark = [pytest.mark.server, pytest.mark.nightly]
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,10 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from twilight_sgl.benchmark import __main__ as command
 from twilight_sgl.benchmark import decode
-from twilight_sgl.benchmark.servers import (
-    Server,
-    running,
-)
+from twilight_sgl.benchmark.servers import Server, free_port, running
 from twilight_sgl.benchmark.streaming import MeasurementError, generate
 from twilight_sgl.errors import TwilightError
 
@@ -60,6 +58,25 @@ def run_servers(script: str, logs: Path, name: str = "fa3", start_seconds: float
 
 def test_server_is_waited_for_and_ended(tmp_path: Path) -> None:
     assert run_servers(LISTEN, tmp_path) == ["fa3"]
+
+
+def test_ports_that_are_taken_are_passed_over() -> None:
+    first, second = free_port(), free_port()
+    while second == first:
+        second = free_port()
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", first))
+        assert [free_port([first, second]) for _ in range(8)] == [second] * 8
+        with pytest.raises(TwilightError, match=f"no free port among {first}"):
+            free_port([first])
+    assert free_port([first]) == first
+
+
+def test_ports_are_not_those_that_connections_get() -> None:
+    settings = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not settings.exists() or int(settings.read_text().split()[0]) < 32768:
+        pytest.skip("connections may get any port here")
+    assert max(free_port() for _ in range(32)) < 32768
 
 
 def test_server_that_ends_shows_its_last_lines(tmp_path: Path) -> None:

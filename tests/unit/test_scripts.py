@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from twilight_sgl.benchmark.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["launch/setup.sh", "launch/serve.sh", "tests/run.sh", ".ci/run"]
@@ -157,12 +158,6 @@ def test_a_python_that_exists_and_does_not_run_is_passed_over(checkout: Path) ->
     assert found.stdout == "python3\n", found.stderr
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -213,7 +208,7 @@ def serve(checkout: Path) -> Iterator[Serve]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_ends_every_process(serve: Serve, number: signal.Signals) -> None:
-    process, report = serve("--port", str(_free_port()))
+    process, report = serve("--port", str(free_port()))
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
@@ -222,14 +217,14 @@ def test_signal_ends_every_process(serve: Serve, number: signal.Signals) -> None
 
 
 def test_stuck_server_is_killed_after_the_grace_time(serve: Serve) -> None:
-    process, report = serve("--stuck", "--port", str(_free_port()), TWILIGHT_STOP_SECONDS="1")
+    process, report = serve("--stuck", "--port", str(free_port()), TWILIGHT_STOP_SECONDS="1")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
 
 
 def test_second_signal_does_not_wait(serve: Serve) -> None:
-    process, report = serve("--stuck", "--port", str(_free_port()), TWILIGHT_STOP_SECONDS="60")
+    process, report = serve("--stuck", "--port", str(free_port()), TWILIGHT_STOP_SECONDS="60")
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
@@ -238,7 +233,7 @@ def test_second_signal_does_not_wait(serve: Serve) -> None:
 
 
 def test_flags_pass_verbatim_and_readiness_is_announced(serve: Serve) -> None:
-    port = str(_free_port())
+    port = str(free_port())
     flags = ["--json", '{"a": "b c"}', "--host", "0.0.0.0", "--port", port]
     process, report = serve(*flags)
     assert report["arguments"] == flags

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 from twilight_sgl.benchmark.model_files import attention_shape, weight_bytes
@@ -22,6 +23,7 @@ from twilight_sgl.pages.pool import summary_bytes_per_token
 OURS = {"twilight": "top_p", "quest": "none"}  # and the pruner of each
 PAGE_SIZE = 16
 LAUNCHER = (sys.executable, "-m", "twilight_sgl.launch_server")
+_PORTS = range(20000, 32768)  # Linux gives connections those above, unless told otherwise
 _LOG_LINES, _LINE_CHARACTERS = 20, 300
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 15
@@ -195,10 +197,24 @@ def running(
         _stop(servers)
 
 
+def free_port(ports: Sequence[int] = _PORTS) -> int:
+    """A port of this machine that nobody listens on, nor is likely to before a server starts.
+
+    A server binds its port a minute after it was told; one of those that connections get may be
+    gone by then.
+
+    Raises:
+        TwilightError: all of them are taken.
+    """
+    for port in SystemRandom().sample(ports, len(ports)):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise TwilightError(f"no free port among {ports[0]} to {ports[-1]} for a server")
+
+
 def _start(name: str, flags: tuple[str, ...], log: Path, launcher: Sequence[str]) -> Server:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with log.open("w") as output:
         process = subprocess.Popen(
             [*launcher, *flags, "--host", "127.0.0.1", "--port", str(port)],
