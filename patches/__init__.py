@@ -22,6 +22,7 @@ MODULES = (
     "pool_size",
     "page_release",
     "request_slots",
+    "decode_slots",
     "forward_order",
     "mixed_steps",
     "graph_variants",

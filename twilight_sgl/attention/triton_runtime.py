@@ -20,6 +20,7 @@ from twilight_sgl.kernels.notes.triton import NotesApplier
 from twilight_sgl.kernels.plan.triton import StepPlanner
 from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+from twilight_sgl.kernels.slots.triton import NextSlots
 from twilight_sgl.pages.ledger import Ledger
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,9 @@ class TritonRuntime(TwilightRuntime):
     request table and, unless the step is dense, claims pages to seal) and runs inside it:
     `seal_claimed`, then `run_layer` for every layer of `serves`, in order.
 
+    Attributes:
+        next_slots: allocates a step's KV slots, on the scheduler's stream.
+
     Args:
         dense_layer_ids: layers that never select, with caches like those of the ones that do.
         max_context: most tokens of a request.
@@ -112,6 +116,7 @@ class TritonRuntime(TwilightRuntime):
             self.pool.sealed, requests.p, requests.first_step, page_size=config.page_size
         )
         self.ledger = Ledger(self.pool, requests, apply_notes)
+        self.next_slots = NextSlots(self.pool.sealed.device, page_size=config.page_size)
         self._max_context = max_context
         self._heads_q, self._dim_v, self._q_dtype = heads_q, dim_v, q_dtype
         self._caches = {layer: self.cache_of(layer) for layer in layer_ids}
