@@ -52,6 +52,7 @@ def _take_slots(original: Callable[..., Any], batch: Any, token_per_req: int) ->
         or not 0 < rows <= allocator.free_pages.shape[0]
         or token_per_req != 1
         or allocator.debug_mode
+        or batch.tree_cache.supports_swa()
         or batch.model_config.is_encoder_decoder
     ):
         return original(batch, token_per_req=token_per_req)

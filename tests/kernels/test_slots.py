@@ -77,6 +77,7 @@ class Server:
             page_size=PS,
             token_to_kv_pool_allocator=self.allocator,
             is_chunk_cache=lambda: False,
+            supports_swa=lambda: False,
             evict=lambda params: self.evictions.append(params.num_tokens),
             available_and_evictable_str=lambda: "none is left",
             pretty_print=lambda: None,
@@ -164,6 +165,7 @@ def test_sglangs_own_evicts_when_pages_run_low() -> None:
         ("allocator", "debug_mode", True),
         ("batch", "reqs", []),
         ("model_config", "is_encoder_decoder", True),
+        ("tree_cache", "supports_swa", lambda: True),
     ],
 )
 def test_sglangs_own_serves_the_rest(part: str, name: str, value: Any) -> None:
@@ -172,6 +174,7 @@ def test_sglangs_own_serves_the_rest(part: str, name: str, value: Any) -> None:
         "allocator": server.allocator,
         "batch": server.batch,
         "model_config": server.batch.model_config,
+        "tree_cache": server.batch.tree_cache,
     }
     before = copy.deepcopy(server.state())
     setattr(parts[part], name, value)

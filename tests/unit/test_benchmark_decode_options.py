@@ -52,14 +52,14 @@ def test_flags_of_each_backend() -> None:
             )
         )
 
-    common = "--model-path m --page-size 16 --sleep-on-idle "
+    common = "--model-path m --sleep-on-idle "
     assert flags("fa3").startswith(
         f"{common}--attention-backend fa3 --decode-attention-backend fa3 "
     )
     for name, pruner in (("twilight", "top_p"), ("quest", "none --twilight-selector quest")):
         assert flags(name).startswith(
-            f"{common}--decode-attention-backend twilight --twilight-p 0.9 --twilight-pruner "
-            f"{pruner} --attention-backend fa3 --cuda-graph-max-bs-decode 64 "
+            f"{common}--page-size 16 --decode-attention-backend twilight --twilight-p 0.9 "
+            f"--twilight-pruner {pruner} --attention-backend fa3 --cuda-graph-max-bs-decode 64 "
         )
     assert flags("quest").endswith("--max-total-tokens 4096 --page-size 32")
     assert "graph" not in flags("quest", "cpu")

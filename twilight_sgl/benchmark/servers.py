@@ -90,15 +90,19 @@ def server_flags(
     max_total_tokens: int | None,
     extra: Sequence[str],
 ) -> tuple[str, ...]:
-    """Flags of one backend's server: alike for all but for what decodes.
+    """Flags of one backend's server: alike for all but for what decodes and the page size.
+
+    SGLang's own backends run as they would without Twilight: it mostly gives them pages of one
+    token, which cost its scheduler less in each step.
 
     Args:
         dense: backend that prefills for Twilight; SGLang's choice without one.
         max_total_tokens: size of the KV pool; SGLang's choice without one.
         extra: --server-args, which win.
     """
-    flags = ["--model-path", model, "--page-size", str(PAGE_SIZE), "--sleep-on-idle"]
+    flags = ["--model-path", model, "--sleep-on-idle"]
     if name in OURS:
+        flags += ["--page-size", str(PAGE_SIZE)]
         flags += ["--decode-attention-backend", "twilight"]
         flags += ["--twilight-p", str(p), "--twilight-pruner", OURS[name]]
         flags += ["--twilight-selector", "quest"] if name == "quest" else []
