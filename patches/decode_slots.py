@@ -1,9 +1,10 @@
 """Take a decode step's KV slots in one launch.
 
 Twilight wants pages, and SGLang takes the next slots in pages with seven launches and a handful of
-operations on the host: a sixth of what its scheduler does in a step.
+operations on the host: a fifth of what its scheduler does in a step.
 """
 
+import logging
 from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from twilight_sgl.patches import Patch
+
+logger = logging.getLogger(__name__)
 
 ALLOCATION = "sglang.srt.mem_cache.allocation"
 # What `_take_slots` stands in for, and the names that each uses: bookkeeping that is not known here
@@ -31,19 +34,32 @@ STANDS_IN_FOR = {
         "all alloc_decode_kernel debug_mode device empty free_pages get_num_new_pages int64 len "
         "merge_and_sort_free need_sort next_power_of_2 page_size torch unique"
     ),
+    "sglang.srt.mem_cache.common.evict_from_tree_cache": (
+        "EvictParams SWATokenToKVPoolAllocator available_size evict full_available_size "
+        "is_chunk_cache isinstance max swa_available_size token_to_kv_pool_allocator"
+    ),
+    "sglang.srt.utils.common.get_num_new_pages": "device int int64 item sum to torch",
 }
 
 
 def is_known() -> bool:
-    """Whether this SGLang allocates as `_take_slots` does (0.5.17; not 0.5.23)."""
+    """Whether this SGLang allocates as `_take_slots` does: 0.5.17, unless another plugin hooks it.
+
+    Read once, when Twilight's patches are loaded: a plugin that hooks one of these functions later
+    is passed by.
+    """
+    codes = {path: getattr(resolve_name(path), "__code__", None) for path in STANDS_IN_FOR}
     return all(
-        set(resolve_name(path).__code__.co_names) == set(names.split())
-        for path, names in STANDS_IN_FOR.items()
+        code is not None and set(code.co_names) == set(STANDS_IN_FOR[path].split())
+        for path, code in codes.items()
     )
 
 
 def _take_slots(original: Callable[..., Any], batch: Any, token_per_req: int) -> Any:
-    """SGLang's own where it would evict or run out, and for all but plain decode in pages."""
+    """SGLang's own where it would evict or run out, and where Twilight does not serve the pool.
+
+    The pool of a sliding-window model is two, of which neither is the batch's allocator.
+    """
     allocator = batch.tree_cache.token_to_kv_pool_allocator
     next_slots = getattr(getattr(allocator, "twilight", None), "next_slots", None)
     rows = len(batch.reqs)
@@ -52,8 +68,6 @@ def _take_slots(original: Callable[..., Any], batch: Any, token_per_req: int) ->
         or not 0 < rows <= allocator.free_pages.shape[0]
         or token_per_req != 1
         or allocator.debug_mode
-        or batch.tree_cache.supports_swa()
-        or batch.model_config.is_encoder_decoder
     ):
         return original(batch, token_per_req=token_per_req)
     slots = next_slots(
@@ -80,3 +94,5 @@ if is_known():
             ("batch", "token_per_req"),
         )
     )
+else:
+    logger.info("Twilight: this SGLang allocates decode slots in another way; they stay its own")

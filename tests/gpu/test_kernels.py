@@ -28,6 +28,7 @@ from twilight_sgl.kernels.decode.triton import _tiling
 from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
+from twilight_sgl.kernels.slots.triton import NextSlots
 
 pytestmark = [
     pytest.mark.gpu,
@@ -241,6 +242,20 @@ def test_cache_beyond_two_to_the_31_elements() -> None:
     seal_pages([cache.keys], layer_pointers([cache.keys]), *stacked, page_ids, count)
     for got, expected in zip(stacked, summarize(cache.keys[shift:]), strict=True):
         assert torch.equal(got[0, shift:], expected)
+
+
+def test_slots_of_a_table_beyond_32_bits() -> None:
+    rows, columns = 1 << 11, (1 << 20) + 16
+    table = torch.zeros((rows, columns), dtype=torch.int32, device="cuda")
+    slots = torch.tensor([rows - 1, 3, rows - 2], device="cuda")
+    lengths = torch.tensor([columns - 16, columns - 17, columns - 16], device="cuda")
+    table[slots, lengths - 1] = torch.tensor([5, 70, 9], dtype=torch.int32, device="cuda")
+    free_pages = torch.tensor([8, 6, 4], device="cuda")
+    got = NextSlots(table.device, page_size=16)(table, slots, lengths, free_pages)
+    assert table.numel() > 2**31
+    assert got.tolist() == [128, 71, 96]
+    assert table[slots, lengths].tolist() == [128, 71, 96]
+    assert table.count_nonzero() == 6
 
 
 @pytest.mark.parametrize("centred", [False, True], ids=["", "centred"])

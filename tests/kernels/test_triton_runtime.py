@@ -188,6 +188,13 @@ def test_the_audit_knows_centred_keys(bounds: str) -> None:
     assert found == [(layer, ("codes",)) for layer in LAYERS]
 
 
+def test_slots_are_allocated_where_the_hook_looks_for_it() -> None:
+    served = Served()
+    rows = torch.tensor([1], device=DEVICE), torch.tensor([5], device=DEVICE)
+    free_pages = torch.tensor([9], device=DEVICE)
+    assert served.runtime.next_slots(served.table, *rows, free_pages).tolist() == [PS + 5]
+
+
 def test_without_telemetry_nothing_is_counted() -> None:
     served = Served(telemetry=False)
     assert served.step([1], [6 * PS + 5]) is None

@@ -2,6 +2,8 @@
 
 import argparse
 import importlib
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pkgutil import resolve_name
@@ -22,6 +24,7 @@ from twilight_sgl.patches import (
     Patch,
     PatchError,
     all_patches,
+    decode_slots,
     forward_order,
     install,
     mixed_steps,
@@ -43,7 +46,13 @@ def registry() -> Iterator[type]:
         originals[patch.target] = (resolve_name(owner), name, vars(resolve_name(owner))[name])
     yield HookRegistry
     for owner, name, original in originals.values():
+        hooked = vars(owner)[name]
         setattr(owner, name, original)
+        if inspect.ismodule(owner):  # SGLang hooks a function under all of its names
+            for module in list(sys.modules.values()):
+                for other, value in list(vars(module).items()):
+                    if value is hooked:
+                        setattr(module, other, original)
     HookRegistry.reset()
 
 
@@ -64,7 +73,7 @@ def fake_patch(target: str = "Fake.method", *parameters: str) -> Patch:
 @pytest.mark.parametrize("module", MODULES)
 def test_contract_holds(module: str) -> None:
     found = importlib.import_module(f"twilight_sgl.patches.{module}").PATCHES
-    assert found
+    assert found or (module == "decode_slots" and not decode_slots.is_known())
     for patch in found:
         patch.check()
         assert patch.why

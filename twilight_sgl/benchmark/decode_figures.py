@@ -174,6 +174,7 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
                 "kv_cache_dtype": result.after.get("kv_cache_dtype"),
+                "page_size": result.after.get("page_size"),
                 "gpus": gpus(result.after),
                 "budget": None if spent is None else spent.shares(),
                 "steps": steps_between(result.before, result.after),
