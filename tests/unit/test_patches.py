@@ -50,7 +50,7 @@ def registry() -> Iterator[type]:
         setattr(owner, name, original)
         if inspect.ismodule(owner):  # SGLang hooks a function under all of its names
             for module in list(sys.modules.values()):
-                for other, value in list(vars(module).items()):
+                for other, value in list(getattr(module, "__dict__", {}).items()):
                     if value is hooked:
                         setattr(module, other, original)
     HookRegistry.reset()

@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="servers that run already; their caches are flushed",
     )
     parser.add_argument(
-        "--server-args", default="", help="flags for every server that is started, as one string"
+        "--server-args",
+        default="",
+        help="flags for every server that is started, as one string; '--page-size 16' gives "
+        "SGLang's own backends pages like Twilight's in place of what SGLang chooses",
     )
     parser.add_argument(
         "--side-by-side",
