@@ -55,6 +55,14 @@ def is_known() -> bool:
     )
 
 
+def log_if_left_alone() -> None:
+    """Log that SGLang's own allocation stays; where plugins are loaded its log is not set up."""
+    if not PATCHES:
+        logger.info(
+            "Twilight: this SGLang allocates decode slots in another way; they stay its own"
+        )
+
+
 def _take_slots(original: Callable[..., Any], batch: Any, token_per_req: int) -> Any:
     """SGLang's own where it would evict or run out, and where Twilight does not serve the pool.
 
@@ -83,7 +91,7 @@ def _take_slots(original: Callable[..., Any], batch: Any, token_per_req: int) ->
     return slots
 
 
-PATCHES = []
+PATCHES: list[Patch] = []
 if is_known():
     PATCHES.append(
         Patch(
@@ -94,5 +102,3 @@ if is_known():
             ("batch", "token_per_req"),
         )
     )
-else:
-    logger.info("Twilight: this SGLang allocates decode slots in another way; they stay its own")

@@ -1,6 +1,6 @@
 """Slots of a decode step: the kernel against its reference, and the hook against SGLang's own."""
 
-import copy
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 from twilight_sgl.kernels.slots.reference import next_slots
 from twilight_sgl.kernels.slots.triton import _BLOCK, NextSlots
-from twilight_sgl.patches import install
+from twilight_sgl.patches import decode_slots, install
 from twilight_sgl.patches.decode_slots import PATCHES, STANDS_IN_FOR, _take_slots, is_known
 
 PS = 16
@@ -188,11 +188,8 @@ def test_sglangs_own_evicts_when_pages_run_low() -> None:
 )
 def test_sglangs_own_serves_the_rest(part: str, name: str, value: Any) -> None:
     server = Server([5, PS], 20, twilight=runtime())
-    parts = {
-        "allocator": server.allocator,
-        "batch": server.batch,
-    }
-    before = copy.deepcopy(server.state())
+    parts = {"allocator": server.allocator, "batch": server.batch}
+    before = server.state()
     setattr(parts[part], name, value)
     asked = []
     result = _take_slots(lambda batch, token_per_req: asked.append(token_per_req), server.batch, 1)
@@ -229,6 +226,16 @@ def test_a_changed_allocation_is_left_alone(path: str, monkeypatch: pytest.Monke
     for changed in (f"{names} kv_committed_len", names.split(" ", 1)[1]):  # lost one, gained one
         monkeypatch.setitem(STANDS_IN_FOR, path, changed)
         assert not is_known()
+
+
+@pytest.mark.parametrize("patches", [[], [SimpleNamespace()]], ids=["left alone", "hooked"])
+def test_the_log_says_when_slots_stay_sglangs(
+    patches: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(decode_slots, "PATCHES", patches)
+    with caplog.at_level(logging.INFO, decode_slots.__name__):
+        decode_slots.log_if_left_alone()
+    assert ("they stay its own" in caplog.text) == (not patches)
 
 
 @as_known

@@ -13,6 +13,7 @@ from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.patches import decode_slots
 from twilight_sgl.patches.compat import attention_backend_names, parallel_layout
 
 if TYPE_CHECKING:
@@ -294,6 +295,7 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
             dense_layer_ids=dense_layers,
         )
         backend = TritonAttnBackend(model_runner, runtime)
+        decode_slots.log_if_left_alone()
     else:
         cpu_runtime = TwilightRuntime(config, pool, list(layers), table.shape[0])
         backend = ReferenceAttnBackend(model_runner, cpu_runtime)
