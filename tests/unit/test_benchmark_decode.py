@@ -217,6 +217,7 @@ def test_a_run(
     ]
     for row in rows:
         assert row["commit"] == "abc"
+        assert row["complete"]
         assert row["model"] == model.name
         assert row["command"].startswith("python -m twilight_sgl.benchmark decode --model-path")
         assert row["kv_tokens"] == 100_000
@@ -305,6 +306,43 @@ def test_every_other_start_and_pass_turns_the_order_round(
     rows = json.loads((tmp_path / "decode.json").read_text())
     assert [row["backend"] for row in rows] == ["torch_native", "twilight"]
     assert [len(row["tokens_per_s_by_pass"]) for row in rows] == [4, 4]
+    assert [len(row["throughput_ratio_by_start"]) for row in rows] == [2, 2]
+
+
+@pytest.mark.parametrize("during", ["cold", "first tokens"])
+def test_a_run_cut_short_leaves_what_it_measured(
+    during: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the first load all is there; of the second nothing yet, or all but more first tokens."""
+    was_timed: list[bool] = []
+
+    def interrupting(session: Any, url: str, prompts: list, **options: Any) -> Any:
+        if len(prompts) == 3:
+            if during == "cold" or (was_timed and "phase_tokens" not in options):
+                signal.raise_signal(signal.SIGINT)
+            was_timed.extend([True] if "phase_tokens" in options else [])
+        return generate(session, url, prompts, **options)
+
+    monkeypatch.setattr(decode, "generate", interrupting)
+    with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
+        status = benchmark(
+            monkeypatch,
+            *("--model-path", model, "--text", model / "text", "--out", tmp_path),
+            *("--urls", f"dense={dense.url}", f"twilight={ours.url}"),
+            *("--loads", "1x200,3x100", "--output-tokens", "16", "--first-tokens", "1"),
+        )
+    assert status == 130
+    assert f"until then is in {tmp_path / 'decode.json'}" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "decode.json").read_text())
+    loads = ["1x200", "1x200", *(["3x100", "3x100"] if during == "first tokens" else [])]
+    assert [row["load"] for row in rows] == loads
+    assert [row["ttft_cached_ms"]["samples"] for row in rows] == [10, 10, 9, 9][: len(rows)]
+    assert not any(row["complete"] for row in rows)
+    assert "cut short" in (tmp_path / "decode.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,11 @@ def info(context: int, candidates: int, kept: int) -> dict[str, Any]:
 
 
 def test_percentiles_are_milliseconds_and_weighted() -> None:
-    values = percentiles([0.001, 0.002, 0.003])
+    values = percentiles([0.001, 0.002, 0.006])
     assert (values["p50"], values["samples"]) == (pytest.approx(2.0), 3)
+    assert values["mean"] == pytest.approx(3.0)
     weighted = percentiles([0.001, 0.010], [98, 2])
+    assert weighted["mean"] == pytest.approx(1.18)
     assert (weighted["p50"], weighted["p95"]) == (pytest.approx(1.0), pytest.approx(1.0))
     assert weighted["p95"] < percentiles([0.001, 0.010])["p95"]
 
@@ -110,7 +112,8 @@ def test_table(rows: list[dict[str, Any]]) -> None:
     assert head.count("|") == rule.count("|") == dense.count("|") == ours.count("|")
     assert "to fa3" in head
     assert "TTFT prefix" not in head
-    assert "| 2x1k | twilight | 100 / 100 |" in ours
+    assert "| 2x1k | fa3 | 150 / 195 (150) |" in dense
+    assert "| 2x1k | twilight | 100 / 100 (100) |" in ours
     assert "| 50.0 / 50.0 | 40.0 | 2.00x | 4096 | 25.0% | 2.0% | 1 of 4 | 55.0% | 50.0% |" in ours
     assert "| 1.00x | 5000 | all | all |  | 75.0% | 50.0% |" in dense
     assert "floor" not in head
@@ -122,7 +125,7 @@ def test_floors_stand_beside_the_times(rows: list[dict[str, Any]]) -> None:
     head, rule, dense, ours = text.splitlines()[:4]
     assert head.count("|") == rule.count("|") == dense.count("|") == ours.count("|")
     assert "| ms a token | floor | tokens/s |" in head
-    assert "| 100 / 100 | 2.50 | 20.0 |" in dense
+    assert "| 100 / 100 (100) | 100 / 100 | 2.50 | 20.0 |" in dense
     assert "| 50.0 / 50.0 |  | 40.0 |" in ours
     assert "Floor: in which a copy moves" in text
 
@@ -133,13 +136,14 @@ def test_gpus_of_a_server() -> None:
     assert gpus(sizes | {"enable_dp_attention": True}) == 8
 
 
-def test_of_several_passes_the_median_is_shown() -> None:
+def measured(backend: str, seconds: float, start: int = 0, load: Load = LOAD) -> Measured:
+    """Ten tokens in so many seconds."""
+    each = [stream((0.1, 1), (0.1 + seconds, 11))]
     nothing = {"max_total_num_tokens": 5000}
+    return Measured(backend, load, each, None, each, nothing, nothing, start=start)
 
-    def measured(backend: str, seconds: float) -> Measured:
-        each = [stream((0.1, 1), (0.1 + seconds, 11))]
-        return Measured(backend, LOAD, each, None, each, nothing, nothing)
 
+def test_of_several_passes_the_median_is_shown() -> None:
     seconds = {"fa3": (1.0, 4.0, 2.0), "twilight": (0.5, 1.0, 2.0)}
     results = [measured(name, each) for name, of in seconds.items() for each in of]
     dense, ours = build_rows(results, "fa3", 10)
@@ -150,6 +154,31 @@ def test_of_several_passes_the_median_is_shown() -> None:
     rows = build_rows([results[0], results[1], results[3], results[4]], "fa3", 10)
     assert [row["tokens_per_s"] for row in rows] == pytest.approx([2.5, 10])  # the lower's
     assert "| 15.0 (10.0 to 20.0) | 2.40x |" in format_table(rows)
+
+
+def test_of_several_starts_each_has_a_ratio() -> None:
+    fa3 = [measured("fa3", seconds, start) for seconds, start in ((1, 0), (2, 0), (2, 1))]
+    ours = [measured("twilight", seconds, start) for seconds, start in ((0.5, 0), (1, 0), (2, 1))]
+    dense, twilight = build_rows([*fa3, *ours], "fa3", 10)
+    assert dense["throughput_ratio_by_start"] == [1.0, 1.0]
+    assert twilight["throughput_ratio_by_start"] == pytest.approx([2.0, 1.0])
+    text = format_table([dense, twilight])
+    assert "| 10.0 (5.00 to 20.0) | 2.00x (1.00 to 2.00) |" in text
+    assert "cut short" not in text
+    assert "cut short" in format_table([row | {"complete": False} for row in (dense, twilight)])
+
+
+def test_of_a_start_that_goes_on_there_is_what_both_were_asked() -> None:
+    other = Load("1x2k", 1, 2048)
+    fa3 = [measured("fa3", 1)]
+    ours = [measured("twilight", 1), measured("twilight", 1, 1), measured("twilight", 1, 1, other)]
+    rows = build_rows([*fa3, *ours], "fa3", 10)
+    assert [(row["load"], row["backend"]) for row in rows] == [
+        ("2x1k", "fa3"),
+        ("2x1k", "twilight"),
+    ]
+    assert [row["throughput_ratio_by_start"] for row in rows] == [[1.0], [1.0]]
+    assert build_rows(ours, "fa3", 10) == []
 
 
 def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -3,18 +3,16 @@
 import argparse
 import asyncio
 import contextlib
-import itertools
-import json
 import shlex
 import sys
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 from tqdm import tqdm
 
-from twilight_sgl.benchmark.decode_figures import Measured, build_rows, format_table, plot
+from twilight_sgl.benchmark.decode_figures import Measured
 from twilight_sgl.benchmark.decode_options import (
     add_arguments,
     check_first_tokens,
@@ -24,7 +22,8 @@ from twilight_sgl.benchmark.decode_options import (
     choose_backends,
     parse_urls,
 )
-from twilight_sgl.benchmark.floor import Model, add_floors, gpu_bandwidth
+from twilight_sgl.benchmark.decode_report import ROWS, Report
+from twilight_sgl.benchmark.floor import Model, gpu_bandwidth
 from twilight_sgl.benchmark.model_files import load_model_files
 from twilight_sgl.benchmark.prompts import (
     Load,
@@ -79,6 +78,7 @@ class Benchmark:
         self.args = args
         self.prompts = prompts
         self.context_tokens = context_tokens
+        self.start = 0
         self.results: list[Measured] = []
         self.flags: dict[str, tuple[str, ...]] = {}
 
@@ -97,8 +97,10 @@ class Benchmark:
         """Tokens a chunk."""
         return self.args.stream_interval or max(load.requests // CHUNKS_A_STEP, 1)
 
-    async def measure(self, servers: Sequence[Server], progress: tqdm) -> None:
-        """Measure servers in turn, load by load and pass by pass."""
+    async def measure(
+        self, servers: Sequence[Server], progress: tqdm, save: Callable[[], object]
+    ) -> None:
+        """Measure servers in turn, load by load and pass by pass; `save` what there is of each."""
         self.flags |= {server.name: server.flags for server in servers}
         async with open_session() as session:
             for server in servers:
@@ -110,7 +112,7 @@ class Benchmark:
                 url = server.url
                 await _ask(server, generate(session, url, first, max_tokens=WARM_UP_TOKENS))
             for load in self.prompts:
-                await self._measure_load(session, servers, load, progress)
+                await self._measure_load(session, servers, load, progress, save)
 
     async def _measure_load(
         self,
@@ -118,6 +120,7 @@ class Benchmark:
         servers: Sequence[Server],
         load: Load,
         progress: tqdm,
+        save: Callable[[], object],
     ) -> None:
         prompts, interval = self.prompts[load], self.interval(load)
         tokens, prefix_tokens = self.args.output_tokens, self.args.shared_prefix
@@ -174,10 +177,11 @@ class Benchmark:
                 timed = await _ask(server, answer)
                 after = await _ask(server, server_info(session, server.url))
                 of_start = cold[name], prefix.get(name)
-                self.results.append(
-                    Measured(name, load, *of_start, timed, before, after, repeats[name])
-                )
+                about = before, after, repeats[name], self.start
+                self.results.append(Measured(name, load, *of_start, timed, *about))
+        save()
         await repeat("timed", None, turn=self.args.passes)
+        save()
 
 
 async def _ask(server: Server, answer: Awaitable[Answer]) -> Answer:
@@ -317,50 +321,35 @@ def _run(args: argparse.Namespace) -> None:
         for load in args.loads
     )
     passes = len(names) * sum(rounds)
-    back = [dict(reversed(group.items())) for group in reversed(groups)]
-    for group in itertools.chain.from_iterable(
-        back if start % 2 else groups for start in range(args.starts)
-    ):
-        with _servers(group, urls, args) as servers:
-            share = passes * len(group) // len(names)
-            with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
-                asyncio.run(benchmark.measure(servers, progress))
-    machine = describe_machine()
-    if args.commit:
-        machine["commit"] = args.commit
-    order = {name: place for place, name in enumerate(names)}
-    results = sorted(benchmark.results, key=lambda result: order[result.backend])
     about = {
         "model": Path(model).name,
         "shared_prefix_tokens": args.shared_prefix,
         "side_by_side": len(groups) == 1,
         "seed": args.seed,
         "command": shlex.join(["python", "-m", "twilight_sgl.benchmark", *sys.argv[1:]]),
-        **machine,
+        **describe_machine(),
+        **({"commit": args.commit} if args.commit else {}),
     }
-    rows = [
-        {
-            **row,
-            "stream_interval": benchmark.interval(load),
-            "server_flags": list(benchmark.flags[row["backend"]]),
-            **about,
-        }
-        for row in build_rows(results, names[0], args.output_tokens)
-        for load in args.loads
-        if load.name == row["load"]
-    ]
-    add_floors(rows, shape, bandwidth)
-    table = format_table(rows)
-    (args.out / "decode.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "decode.md").write_text(table)
-    print(f"{about['model']}, {machine['gpu'] or machine['cpu']}\n\n{table}")
-    written = ["decode.json", "decode.md"]
+    intervals = {load.name: benchmark.interval(load) for load in args.loads}
+    report = Report(args.out, names, args.output_tokens, intervals, shape, bandwidth, about)
+
+    def save() -> list[dict[str, Any]]:
+        return report.save(benchmark.results, benchmark.flags)
+
+    back = [dict(reversed(group.items())) for group in reversed(groups)]
     try:
-        plot(rows, args.out / "decode.png")
-        written.append("decode.png")
-    except Exception as failure:  # the figures are saved; a plotting library may be broken
-        print(f"no plot: {type(failure).__name__}: {failure}", file=sys.stderr)
-    print(f"wrote {', '.join(str(args.out / name) for name in written)}", file=sys.stderr)
+        for start in range(args.starts):
+            benchmark.start = start
+            for group in back if start % 2 else groups:
+                with _servers(group, urls, args) as servers:
+                    share = passes * len(group) // len(names)
+                    with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
+                        asyncio.run(benchmark.measure(servers, progress, save))
+    except BaseException:
+        if save():
+            print(f"what was measured until then is in {args.out / ROWS}", file=sys.stderr)
+        raise
+    report.finish(benchmark.results, benchmark.flags)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ class Measured:
         repeats: further answers of one token to what `cold`, `prefix` and `timed` were asked, by
             those names: more samples of the time to first token where requests are few. Those and
             `cold` and `prefix` are the same of all passes of a start.
+        start: which start of the servers it is of, from 0.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Measured:
     before: dict[str, Any]
     after: dict[str, Any]
     repeats: dict[str, list[Stream]] = field(default_factory=dict)
+    start: int = 0
 
     def answers(self, name: str) -> list[Stream]:
         """What was asked as `cold`, `prefix` or `timed`, the repeats included."""
@@ -46,17 +48,18 @@ class Measured:
 
 
 def first_token_ms(passes: Sequence[Measured], name: str) -> dict[str, float]:
-    """Percentiles of milliseconds to first token of `cold`, `prefix` or `timed`, of all passes."""
+    """Milliseconds to first token of `cold`, `prefix` or `timed`, of all passes (`percentiles`)."""
     streams = {id(stream): stream for each in passes for stream in each.answers(name)}
     return percentiles([stream.first_token_s for stream in streams.values()])
 
 
 def percentiles(values: Sequence[float], weights: Sequence[int] | None = None) -> dict[str, float]:
-    """Percentiles of samples in seconds, as milliseconds; a sample may stand for several."""
-    each = np.repeat(values, weights) if weights is not None else np.asarray(values)
-    points = np.percentile(each * 1000, PERCENTILES)
+    """Percentiles and mean of samples in seconds, as milliseconds; one may stand for several."""
+    each = 1000 * (np.repeat(values, weights) if weights is not None else np.asarray(values))
+    points = np.percentile(each, PERCENTILES)
     return {f"p{p}": float(point) for p, point in zip(PERCENTILES, points, strict=True)} | {
-        "samples": len(values)
+        "mean": float(each.mean()),
+        "samples": len(values),
     }
 
 
@@ -136,23 +139,32 @@ def gpus(info: dict[str, Any]) -> int:
     return tensor * pipeline * (1 if info.get("enable_dp_attention") else data)
 
 
+def _medians_by_start(passes: Sequence[Measured], rates: Sequence[float]) -> dict[int, float]:
+    starts: dict[int, list[float]] = {}
+    for each, rate in zip(passes, rates, strict=True):
+        starts.setdefault(each.start, []).append(rate)
+    return {start: statistics.median(of) for start, of in starts.items()}
+
+
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
     """One row a backend and load, by load; ratios and agreement are to the backend `first`.
 
     A row describes the pass with the median throughput (the lower of two in the middle), ratios are
     of medians over all passes of all starts, and times to first token are of all of them together.
-    The first backend's own agreement is that of a timed pass with its cold one: noise.
+    The first backend's own agreement is that of a timed pass with its cold one: noise. A load that
+    `first` was not asked yet has no rows.
     """
     passes: dict[tuple[Load, str], list[Measured]] = {}
     for result in results:
         passes.setdefault((result.load, result.backend), []).append(result)
     speeds = {key: [steady_phase(each.timed) for each in of] for key, of in passes.items()}
     rates = {key: [speed["tokens_per_s"] for speed in of] for key, of in speeds.items()}
+    starts = {key: _medians_by_start(of, rates[key]) for key, of in passes.items()}
     middle = {key: of.index(statistics.median_low(of)) for key, of in rates.items()}
     chosen = {key: of[middle[key]] for key, of in passes.items()}
     rows = []
-    for load in dict.fromkeys(result.load for result in results):
-        base = statistics.median(rates[load, first])
+    for load in (load for load, backend in chosen if backend == first):
+        base, dense = statistics.median(rates[load, first]), starts[load, first]
         for key, result in chosen.items():
             if key[0] != load:
                 continue
@@ -171,6 +183,9 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
                 **speed,
                 "tokens_per_s_by_pass": rates[key],
                 "throughput_ratio": statistics.median(rates[key]) / base,
+                "throughput_ratio_by_start": [
+                    rate / dense[start] for start, rate in starts[key].items() if start in dense
+                ],
                 "ratio_to": first,
                 "kv_tokens": result.after.get("max_total_num_tokens"),
                 "kv_cache_dtype": result.after.get("kv_cache_dtype"),
@@ -196,6 +211,16 @@ def _pair(values: dict[str, float]) -> str:
     return f"{_number(values['p50'])} / {_number(values['p95'])}"
 
 
+def _first_token(values: dict[str, float]) -> str:
+    return f"{_pair(values)} ({_number(values['mean'])})"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    """Throughput to the first backend's, and the range over starts where there were several."""
+    text, each = f"{row['throughput_ratio']:.2f}x", row["throughput_ratio_by_start"]
+    return f"{text} ({min(each):.2f} to {max(each):.2f})" if len(each) > 1 else text
+
+
 def _rates(row: dict[str, Any]) -> str:
     """Throughput, and where there were several passes its median and range over them."""
     every = row["tokens_per_s_by_pass"]
@@ -208,7 +233,7 @@ def _share(value: float | None) -> str:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; times in milliseconds, p50 / p95."""
+    """The rows as a Markdown table; times in milliseconds, p50 / p95 (mean)."""
     first = rows[0]["ratio_to"]
     with_prefix = any("ttft_prefix_ms" in row for row in rows)
     with_floor = any(row.get("floor_ms") for row in rows)
@@ -224,13 +249,13 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 row["load"],
                 row["backend"],
-                _pair(row["ttft_cold_ms"]),
-                *([_pair(row["ttft_prefix_ms"])] if with_prefix else []),
-                _pair(row["ttft_cached_ms"]),
+                _first_token(row["ttft_cold_ms"]),
+                *([_first_token(row["ttft_prefix_ms"])] if with_prefix else []),
+                _first_token(row["ttft_cached_ms"]),
                 _pair(row["tpot_ms"]),
                 *([_number(row["floor_ms"]) if row["floor_ms"] else ""] if with_floor else []),
                 _rates(row),
-                f"{row['throughput_ratio']:.2f}x",
+                _ratio(row),
                 str(row["kv_tokens"]),
                 _share(spent.get("candidate_share")),
                 _share(spent.get("kept_share")),
@@ -246,11 +271,16 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
             "Floor: in which a copy moves what a step must read, that is weights, keys and values, "
             "and of layers that select bounds and estimates too. "
         )
+    cut = (
+        "" if rows[0].get("complete", True) else "Not all of the run: it goes on or was cut short. "
+    )
     return (
-        f"{text}\n\nTimes are ms, p50 / p95. {floor}Candidates and kept are of the context. Equal: "
-        f"output tokens before the first that differs from {first}'s; exact: requests without one; "
-        f"{first}'s own are of two runs of it. Of several passes tokens/s is the median (least to "
-        "most), the ratio that of medians, TTFT is of all of them, and the rest is of the pass in "
+        f"{text}\n\n{cut}Times are ms, p50 / p95, and of first tokens (TTFT) the mean: of requests "
+        "sent at once some wait for others, and the median may lie on either side of a wait. "
+        f"{floor}Candidates and kept are of the context. Equal: output tokens before the first "
+        f"that differs from {first}'s; exact: requests without one; {first}'s own are of two runs "
+        "of it. Of several passes tokens/s is the median (least to most), the ratio that of "
+        "medians (least to most by start), TTFT is of all of them, and the rest is of the pass in "
         "the middle, of two the slower.\n"
     )
 
