@@ -177,8 +177,8 @@ class Benchmark:
                 timed = await _ask(server, answer)
                 after = await _ask(server, server_info(session, server.url))
                 of_start = cold[name], prefix.get(name)
-                about = before, after, repeats[name], self.start
-                self.results.append(Measured(name, load, *of_start, timed, *about))
+                more = repeats[name], self.start
+                self.results.append(Measured(name, load, *of_start, timed, before, after, *more))
         save()
         await repeat("timed", None, turn=self.args.passes)
         save()
