@@ -328,6 +328,7 @@ def test_a_run_cut_short_leaves_what_it_measured(
         return generate(session, url, prompts, **options)
 
     monkeypatch.setattr(decode, "generate", interrupting)
+    (tmp_path / "decode.png").write_text("of an earlier run")
     with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
         status = benchmark(
             monkeypatch,
@@ -343,6 +344,7 @@ def test_a_run_cut_short_leaves_what_it_measured(
     assert [row["ttft_cached_ms"]["samples"] for row in rows] == [10, 10, 9, 9][: len(rows)]
     assert not any(row["complete"] for row in rows)
     assert "cut short" in (tmp_path / "decode.md").read_text()
+    assert not (tmp_path / "decode.png").exists()
 
 
 @pytest.mark.parametrize(

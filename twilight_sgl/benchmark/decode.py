@@ -332,6 +332,7 @@ def _run(args: argparse.Namespace) -> None:
     }
     intervals = {load.name: benchmark.interval(load) for load in args.loads}
     report = Report(args.out, names, args.output_tokens, intervals, shape, bandwidth, about)
+    report.clear()
 
     def save() -> list[dict[str, Any]]:
         return report.save(benchmark.results, benchmark.flags)
@@ -346,7 +347,10 @@ def _run(args: argparse.Namespace) -> None:
                     with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
                         asyncio.run(benchmark.measure(servers, progress, save))
     except BaseException:
-        if save():
+        saved = []
+        with contextlib.suppress(MeasurementError):  # of a pass cut short; say what cut it
+            saved = save()
+        if saved:
             print(f"what was measured until then is in {args.out / ROWS}", file=sys.stderr)
         raise
     report.finish(benchmark.results, benchmark.flags)

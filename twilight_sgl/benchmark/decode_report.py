@@ -34,6 +34,11 @@ class Report:
     bandwidth: float | None
     about: Mapping[str, Any]
 
+    def clear(self) -> None:
+        """Remove the files of an earlier run, which would pass for those of this one."""
+        for name in (ROWS, TABLE, PICTURE):
+            (self.out / name).unlink(missing_ok=True)
+
     def save(
         self,
         results: Sequence[Measured],
@@ -44,9 +49,14 @@ class Report:
         """Write the rows and the table of what there is.
 
         Args:
-            results: of loads whose passes are done, whatever the backend.
+            results: passes that are done, whatever the backend; of a run cut short a load may have
+                more of one backend than of another, and its ratio is then of those.
             flags: of the servers that were started, by backend.
-            complete: this is all of the run; else rows say that it is not.
+            complete: this is all of the run; else every row says that it is not.
+        Returns:
+            The rows; none, and no files, where the first backend was asked nothing yet.
+        Raises:
+            MeasurementError: see `steady_phase`.
         """
         results = sorted(results, key=lambda result: self.names.index(result.backend))
         rows = [
