@@ -13,9 +13,10 @@ time.sleep(600)
 
 
 def is_alive(pid: int) -> bool:
+    """Whether a process runs: a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
+    except OSError:
         return False
     return state != "Z"
 

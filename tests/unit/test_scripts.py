@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import is_alive
 
 from twilight_sgl.benchmark.servers import free_port
 
@@ -158,14 +159,6 @@ def test_a_python_that_exists_and_does_not_run_is_passed_over(checkout: Path) ->
     assert found.stdout == "python3\n", found.stderr
 
 
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
 def _wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -201,7 +194,7 @@ def serve(checkout: Path) -> Iterator[Serve]:
     yield start
     for process, pids in started:
         for pid in (process.pid, *pids):
-            if _alive(pid):
+            if is_alive(pid):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
 
@@ -212,7 +205,7 @@ def test_signal_ends_every_process(serve: Serve, number: signal.Signals) -> None
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGINT else 143)
-    assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
+    assert _wait_for(lambda: not any(map(is_alive, report["pids"])), 5), report
     assert "serve.sh: line" not in errors
 
 
@@ -220,7 +213,7 @@ def test_stuck_server_is_killed_after_the_grace_time(serve: Serve) -> None:
     process, report = serve("--stuck", "--port", str(free_port()), TWILIGHT_STOP_SECONDS="1")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
+    assert _wait_for(lambda: not any(map(is_alive, report["pids"])), 5), report
 
 
 def test_second_signal_does_not_wait(serve: Serve) -> None:
@@ -229,7 +222,7 @@ def test_second_signal_does_not_wait(serve: Serve) -> None:
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    assert _wait_for(lambda: not any(map(_alive, report["pids"])), 5), report
+    assert _wait_for(lambda: not any(map(is_alive, report["pids"])), 5), report
 
 
 def test_flags_pass_verbatim_and_readiness_is_announced(serve: Serve) -> None:
