@@ -168,13 +168,17 @@ def test_every_other_start_and_pass_turns_the_order_round(
     at_once: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
+    folders: list[Path] = []
     timed: list[str] = []
     with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
         urls = {"torch_native": dense.url, "twilight": ours.url}
 
         @contextlib.contextmanager
-        def start(flags: dict[str, tuple[str, ...]], *_: object, **__: object) -> Iterator[list]:
+        def start(
+            flags: dict[str, tuple[str, ...]], logs: Path, **_: object
+        ) -> Iterator[list[Server]]:
             started.append(list(flags))
+            folders.append(logs)
             yield [Server(name, urls[name]) for name in flags]
 
         def noted(session: Any, url: str, *args: Any, **options: Any) -> Any:
@@ -195,6 +199,9 @@ def test_every_other_start_and_pass_turns_the_order_round(
     order = ["torch_native", "twilight", "twilight", "torch_native"]
     assert [name for names in started for name in names] == order
     assert len(started) == (2 if at_once else 4)
+    starts = [tmp_path / "start-1", tmp_path / "start-2"]
+    assert folders == (starts if at_once else [folder for folder in starts for _ in range(2)])
+    assert all(folder.is_dir() for folder in starts)
     there = ["dense", "ours", "ours", "dense"] if at_once else ["dense", "dense", "ours", "ours"]
     back = ["ours", "dense", "dense", "ours"] if at_once else ["ours", "ours", "dense", "dense"]
     assert timed == there + back

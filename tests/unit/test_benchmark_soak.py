@@ -17,6 +17,7 @@ from aiohttp import web
 from soaked_server import POOL_TOKENS, SoakedServer
 
 from twilight_sgl.benchmark import __main__ as command
+from twilight_sgl.benchmark import soak as benchmark_soak
 from twilight_sgl.benchmark import soak_memory
 from twilight_sgl.benchmark.soak_figures import Record, Sample, format_table, plot
 from twilight_sgl.benchmark.soak_load import ROUND
@@ -254,8 +255,9 @@ def test_growing_memory_fails(
     [
         (SoakedServer(audit_interval=0), [], "has no audit.*--twilight-audit-interval 16"),
         (SoakedServer(), ["--prompt-tokens", "4k"], "--prompt-tokens 4096 .*do not fit"),
+        (SoakedServer(), ["--json", "none/soak.json"], "--json none/soak.json cannot be written"),
     ],
-    ids=["no audit", "long prompts"],
+    ids=["no audit", "long prompts", "no folder"],
 )
 def test_what_cannot_run_is_refused_with_the_flag(
     server: SoakedServer,
@@ -312,6 +314,30 @@ def test_servers_without_twilight_are_refused(
     assert "does not decode with Twilight" in capsys.readouterr().err
     assert soak(monkeypatch, "http://127.0.0.1:9") == 2
     assert "--url" in capsys.readouterr().err
+
+
+def test_what_was_seen_is_written_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A soak that is killed, or whose machine is, leaves what it saw until then."""
+    path = tmp_path / "soak.json"
+    written: list[dict[str, Any]] = []
+
+    def read(_: SoakedServer) -> None:
+        written.append(json.loads(path.read_text()))
+
+    monkeypatch.setattr(benchmark_soak, "_SAVE_SECONDS", 0.0)
+    with SoakedServer(events={1: read, 60: read}) as server:
+        assert soak(monkeypatch, server.url, "--json", path, minutes=0.05) == 0
+    assert list(tmp_path.iterdir()) == [path]
+    before, meanwhile = written
+    assert before["samples"] == []
+    assert (before["model"], before["kv_tokens"]) == ("m", POOL_TOKENS)
+    assert meanwhile["samples"]
+    assert not before["finished"] and not meanwhile["finished"]
+    at_end = json.loads(path.read_text())
+    assert at_end["finished"]
+    assert at_end["samples"][: len(meanwhile["samples"])] == meanwhile["samples"]
 
 
 def test_interrupt_prints_the_table_so_far(

@@ -272,9 +272,10 @@ def _groups(
 
 @contextlib.contextmanager
 def _servers(
-    group: dict[str, tuple[str, ...]], urls: dict[str, str], args: argparse.Namespace
+    group: dict[str, tuple[str, ...]], urls: dict[str, str], args: argparse.Namespace, logs: Path
 ) -> Iterator[list[Server]]:
     """A group's servers, in order: those that run, and those that are started here."""
+    logs.mkdir(exist_ok=True)
     start = {name: flags for name, flags in group.items() if name not in urls}
     bar = tqdm(total=len(start), desc="starting", unit="server", disable=not start)
 
@@ -282,7 +283,7 @@ def _servers(
         bar.set_description(f"{name} is ready")
         bar.update()
 
-    with bar, running(start, args.out, start_seconds=args.start_timeout, ready=ready) as started:
+    with bar, running(start, logs, start_seconds=args.start_timeout, ready=ready) as started:
         bar.close()
         by_name = {server.name: server for server in started}
         yield [by_name.get(name) or Server(name, urls[name]) for name in group]
@@ -341,8 +342,9 @@ def _run(args: argparse.Namespace) -> None:
     try:
         for start in range(args.starts):
             benchmark.start = start
+            logs = args.out / f"start-{start + 1}" if args.starts > 1 else args.out
             for group in back if start % 2 else groups:
-                with _servers(group, urls, args) as servers:
+                with _servers(group, urls, args, logs) as servers:
                     share = passes * len(group) // len(names)
                     with tqdm(total=share, unit="pass", dynamic_ncols=True) as progress:
                         asyncio.run(benchmark.measure(servers, progress, save))

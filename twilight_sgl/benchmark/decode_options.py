@@ -91,7 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--start-timeout", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--commit", help="recorded with the rows; read from git by default")
-    parser.add_argument("--out", type=Path, default=Path("decode-benchmark"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("decode-benchmark"),
+        help="folder for figures and the servers' logs, those of each of several starts in a "
+        "folder of its own (default: %(default)s)",
+    )
 
 
 def parse_urls(values: Sequence[str]) -> dict[str, str]:

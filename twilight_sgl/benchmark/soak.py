@@ -2,10 +2,13 @@
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
+import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from twilight_sgl.telemetry.totals import twilight_states
 TEXT_TOKENS = 1 << 16  # at least, of which prompts are slices
 _CHARACTERS_PER_TOKEN = 5
 _MIB = 1 << 20
+_SAVE_SECONDS = 60.0  # between writes of --json, which outlast whatever ends the soak
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fail if the memory of the server's processes, or on its GPUs, is larger by more "
         "at the end than at one fifth of the run (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and samples")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all figures and samples, once a minute and at the end",
+    )
     parser.add_argument(
         "--plot",
         type=Path,
@@ -87,16 +96,26 @@ def _positive(value: str) -> float:
 
 
 class Soak:
-    """One run against one server: the load, and samples of the server beside it."""
+    """One run against one server: the load, and samples of the server beside it.
+
+    Args:
+        save: called once a minute, to write what was seen so far.
+    """
 
     def __init__(
-        self, client: Client, plan: Plan, args: argparse.Namespace, audit_interval: int
+        self,
+        client: Client,
+        plan: Plan,
+        args: argparse.Namespace,
+        audit_interval: int,
+        save: Callable[[], object],
     ) -> None:
         self.client = client
         self.record = client.record
         self._plan = plan
         self._args = args
         self._audit_interval = audit_interval
+        self._save = save
 
     async def run(self) -> None:
         """Send the load, then the last batch; fills the record.
@@ -120,9 +139,14 @@ class Soak:
                 await asyncio.gather(sampling, working, return_exceptions=True)
 
     async def _keep_sampling(self, progress: tqdm) -> None:
+        saved = 0.0
         while True:
             await asyncio.sleep(self._args.sample_seconds)
             sample = await self.client.sample()
+            if sample.seconds >= saved + _SAVE_SECONDS:
+                saved = sample.seconds
+                with contextlib.suppress(OSError):  # a disk that is full may not be at the end
+                    self._save()
             progress.n = min(round(sample.seconds), progress.total)
             if self._is_over():
                 progress.set_description("last requests", refresh=False)
@@ -239,6 +263,13 @@ async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) 
             "output_tokens": sizes.output_tokens,
             "twilight": config,
         }
+        try:
+            _write(args, record, about)
+        except OSError as error:
+            raise TwilightError(
+                f"--json {args.json} cannot be written: {error}; name a file in a folder that is "
+                "there and can be written to"
+            ) from error
         memory = MemoryReader(server.url)
         about["gpu_memory_of"] = memory.gpu_of
         if not memory.is_local:
@@ -249,28 +280,46 @@ async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) 
             if refusal:
                 record.notes.append(f"no constrained requests, which the server refuses: {refusal}")
             plan = Plan(ids, sizes, args.seed, grammar=not refusal)
-            await Soak(client, plan, args, config["audit_interval"]).run()
+
+            save = functools.partial(_write, args, record, about)
+            await Soak(client, plan, args, config["audit_interval"], save).run()
         except MeasurementError as error:
             record.died = str(error)
+
+
+def _problems(args: argparse.Namespace, record: Record) -> list[str]:
+    return list(record.problems(round(args.max_growth_mb * _MIB)))
+
+
+def _write(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> None:
+    """Write --json, if asked for, in place of what was written before.
+
+    Raises:
+        OSError: it cannot be written; then it is as it was.
+    """
+    if args.json is None:
+        return
+    values = {
+        **about,
+        "seed": args.seed,
+        "concurrency": args.concurrency,
+        "max_growth_mb": args.max_growth_mb,
+        "problems": _problems(args, record),
+        **record.to_dict(),
+        "command": shlex.join(["python", "-m", "twilight_sgl.benchmark", *sys.argv[1:]]),
+    }
+    unfinished = args.json.with_name(f"{args.json.name}.part")
+    unfinished.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(unfinished, args.json)
 
 
 def _report(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> int:
     """Print and write what was seen so far; the exit status."""
     if record.samples:
         print(f"\n{format_table(record)}")
-    problems = list(record.problems(round(args.max_growth_mb * _MIB)))
+    problems = _problems(args, record)
     if args.json is not None:
-        command = shlex.join(["python", "-m", "twilight_sgl.benchmark", *sys.argv[1:]])
-        values = {
-            **about,
-            "seed": args.seed,
-            "concurrency": args.concurrency,
-            "max_growth_mb": args.max_growth_mb,
-            "problems": problems,
-            **record.to_dict(),
-            "command": command,
-        }
-        args.json.write_text(json.dumps(values, indent=1) + "\n")
+        _write(args, record, about)
         print(f"wrote {args.json}", file=sys.stderr)
     if args.plot is not None and record.samples:
         try:
