@@ -185,3 +185,17 @@ def test_plot(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     plot(rows, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_several_starts_shows_least_and_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = pytest.importorskip("matplotlib.axes")
+    lines: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(axes.Axes, "plot", lambda _, x, y, **__: lines.append((x, y)))
+    fa3 = [measured("fa3", seconds, start) for seconds, start in ((1, 0), (2, 1))]
+    ours = [measured("twilight", seconds, start) for seconds, start in ((0.5, 0), (2, 1))]
+    plot(build_rows([*fa3, *ours], "fa3", 10), tmp_path / "decode.png")
+    ((places, ends),) = lines
+    assert places[0] == places[1]
+    assert ends == pytest.approx((1.0, 2.0))

@@ -286,7 +286,10 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw throughput to the first backend's, and tokens attended to, by load."""
+    """Draw throughput to the first backend's, and tokens attended to, by load.
+
+    Of several starts a line goes from the least ratio of one to the most.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -304,7 +307,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             x = place + (index - (len(backends) - 1) / 2) * width
             ratio, label = row["throughput_ratio"], backend if place == 0 else None
             speeds.bar(x, ratio, width, color=colour, label=label)
-            speeds.text(x, ratio, f"{ratio:.2f}x", ha="center", va="bottom", fontsize=7)
+            ends = min(row["throughput_ratio_by_start"]), max(row["throughput_ratio_by_start"])
+            if ends[0] < ends[1]:
+                speeds.plot([x, x], ends, color="black", linewidth=1, marker="_")
+            top = max(ratio, ends[1])
+            speeds.text(x, top, f"{ratio:.2f}x", ha="center", va="bottom", fontsize=7)
             kept = (row["budget"] or {}).get("kept_share")
             share = 1.0 if kept is None else kept
             budgets.bar(x, share, width, color=colour)

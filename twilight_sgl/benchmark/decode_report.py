@@ -1,6 +1,5 @@
 """Files of the decode benchmark, written load by load: a run cut short leaves its figures."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twilight_sgl.benchmark.decode_figures import Measured, build_rows, format_table, plot
+from twilight_sgl.benchmark.files import write_json
 from twilight_sgl.benchmark.floor import Model, add_floors
 
 TABLE, ROWS, PICTURE = "decode.md", "decode.json", "decode.png"
@@ -71,7 +71,7 @@ class Report:
         ]
         add_floors(rows, self.model, self.bandwidth)
         if rows:
-            (self.out / ROWS).write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(self.out / ROWS, rows)
             (self.out / TABLE).write_text(format_table(rows))
         return rows
 

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from twilight_sgl.benchmark.files import write_json
 from twilight_sgl.benchmark.prompts import read_text
 from twilight_sgl.benchmark.record import parse_tokens
 from twilight_sgl.benchmark.servers import terminations_interrupt
@@ -308,9 +308,7 @@ def _write(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> N
         **record.to_dict(),
         "command": shlex.join(["python", "-m", "twilight_sgl.benchmark", *sys.argv[1:]]),
     }
-    unfinished = args.json.with_name(f"{args.json.name}.part")
-    unfinished.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(unfinished, args.json)
+    write_json(args.json, values)
 
 
 def _report(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> int:
