@@ -230,7 +230,10 @@ def test_a_run_cut_short_leaves_what_it_measured(
         return generate(session, url, prompts, **options)
 
     monkeypatch.setattr(decode, "generate", interrupting)
-    (tmp_path / "decode.png").write_text("of an earlier run")
+    earlier = [tmp_path / "decode.png", tmp_path / "dense.log", tmp_path / "start-3/dense.log"]
+    earlier[2].parent.mkdir()
+    for path in earlier:
+        path.write_text("of an earlier run")
     with StreamingServer() as dense, StreamingServer(sparse=True) as ours:
         status = benchmark(
             monkeypatch,
@@ -246,7 +249,7 @@ def test_a_run_cut_short_leaves_what_it_measured(
     assert [row["ttft_cached_ms"]["samples"] for row in rows] == [10, 10, 9, 9][: len(rows)]
     assert not any(row["complete"] for row in rows)
     assert "cut short" in (tmp_path / "decode.md").read_text()
-    assert not (tmp_path / "decode.png").exists()
+    assert not any(path.exists() for path in earlier)
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,19 @@ def test_what_was_seen_is_written_while_it_runs(
     assert at_end["samples"][: len(meanwhile["samples"])] == meanwhile["samples"]
 
 
+def test_a_file_that_can_no_longer_be_written_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    path = folder / "soak.json"
+    with SoakedServer(events={9: lambda _: folder.rename(tmp_path / "gone")}) as server:
+        assert soak(monkeypatch, server.url, "--json", path) == 1
+    out, err = capsys.readouterr()
+    assert "| requests |" in out
+    assert f"--json {path} is as it last was" in err
+
+
 def test_interrupt_prints_the_table_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,8 +36,10 @@ class Report:
 
     def clear(self) -> None:
         """Remove the files of an earlier run, which would pass for those of this one."""
-        for name in (ROWS, TABLE, PICTURE):
-            (self.out / name).unlink(missing_ok=True)
+        logs = [f"{name}.log" for name in self.names]
+        for folder in (self.out, *self.out.glob("start-*")):
+            for name in (ROWS, TABLE, PICTURE, *logs):
+                (folder / name).unlink(missing_ok=True)
 
     def save(
         self,

@@ -280,7 +280,6 @@ async def _run(args: argparse.Namespace, record: Record, about: dict[str, Any]) 
             if refusal:
                 record.notes.append(f"no constrained requests, which the server refuses: {refusal}")
             plan = Plan(ids, sizes, args.seed, grammar=not refusal)
-
             save = functools.partial(_write, args, record, about)
             await Soak(client, plan, args, config["audit_interval"], save).run()
         except MeasurementError as error:
@@ -317,8 +316,11 @@ def _report(args: argparse.Namespace, record: Record, about: dict[str, Any]) -> 
         print(f"\n{format_table(record)}")
     problems = _problems(args, record)
     if args.json is not None:
-        _write(args, record, about)
-        print(f"wrote {args.json}", file=sys.stderr)
+        try:
+            _write(args, record, about)
+            print(f"wrote {args.json}", file=sys.stderr)
+        except OSError as error:
+            problems.append(f"--json {args.json} is as it last was: {error}")
     if args.plot is not None and record.samples:
         try:
             plot(record, args.plot)
