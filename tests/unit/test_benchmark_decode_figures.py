@@ -136,9 +136,11 @@ def test_gpus_of_a_server() -> None:
     assert gpus(sizes | {"enable_dp_attention": True}) == 8
 
 
-def measured(backend: str, seconds: float, start: int = 0, load: Load = LOAD) -> Measured:
-    """Ten tokens in so many seconds."""
-    each = [stream((0.1, 1), (0.1 + seconds, 11))]
+def measured(
+    backend: str, seconds: float, start: int = 0, load: Load = LOAD, first_s: float = 0.1
+) -> Measured:
+    """Ten tokens in so many seconds behind the first."""
+    each = [stream((first_s, 1), (first_s + seconds, 11))]
     nothing = {"max_total_num_tokens": 5000}
     return Measured(backend, load, each, None, each, nothing, nothing, start=start)
 
@@ -166,6 +168,20 @@ def test_of_several_starts_each_has_a_ratio() -> None:
     assert "| 10.0 (5.00 to 20.0) | 2.00x (1.00 to 2.00) |" in text
     assert "cut short" not in text
     assert "cut short" in format_table([row | {"complete": False} for row in (dense, twilight)])
+
+
+def test_of_several_starts_each_has_a_mean_to_first_token() -> None:
+    samples = ((0, 0.1), (0, 0.2), (1, 0.5))
+    fa3 = [measured("fa3", 1, start, first_s=first_s) for start, first_s in samples]
+    ours = [measured("twilight", 1, start) for start in (0, 1)]
+    dense, twilight = build_rows([*fa3, *ours], "fa3", 10)
+    for name in ("ttft_cold_ms", "ttft_cached_ms"):
+        assert dense[name]["mean"] == pytest.approx(800 / 3)
+        assert dense[name]["mean_by_start"] == pytest.approx([150, 500])
+        assert twilight[name]["mean_by_start"] == pytest.approx([100, 100])
+    text = format_table([dense, twilight])
+    assert "| fa3 | 200 / 470 (267; 150 to 500) | 200 / 470 (267; 150 to 500) |" in text
+    assert "several starts the least to most mean of one" in text
 
 
 def test_of_a_start_that_goes_on_there_is_what_both_were_asked() -> None:

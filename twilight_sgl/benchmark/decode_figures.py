@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from twilight_sgl.benchmark.streaming import MeasurementError, Stream
 from twilight_sgl.telemetry.totals import between, twilight_states
 
 PERCENTILES = (5, 20, 50, 80, 95)
+Value = TypeVar("Value")
 COLOURS = ("#8c8c8c", "#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974")
 
 
@@ -47,10 +48,19 @@ class Measured:
         return [*(getattr(self, name) or ()), *self.repeats.get(name, ())]
 
 
-def first_token_ms(passes: Sequence[Measured], name: str) -> dict[str, float]:
-    """Milliseconds to first token of `cold`, `prefix` or `timed`, of all passes (`percentiles`)."""
-    streams = {id(stream): stream for each in passes for stream in each.answers(name)}
-    return percentiles([stream.first_token_s for stream in streams.values()])
+def first_token_ms(passes: Sequence[Measured], name: str) -> dict[str, Any]:
+    """Milliseconds to first token of `cold`, `prefix` or `timed`, of all passes.
+
+    Returns:
+        `percentiles`, and `mean_by_start`: their mean for each start, in order.
+    """
+
+    def of(some: Sequence[Measured]) -> dict[str, float]:
+        streams = {id(stream): stream for each in some for stream in each.answers(name)}
+        return percentiles([stream.first_token_s for stream in streams.values()])
+
+    starts = _by_start(passes, passes).values()
+    return of(passes) | {"mean_by_start": [of(some)["mean"] for some in starts]}
 
 
 def percentiles(values: Sequence[float], weights: Sequence[int] | None = None) -> dict[str, float]:
@@ -139,11 +149,12 @@ def gpus(info: dict[str, Any]) -> int:
     return tensor * pipeline * (1 if info.get("enable_dp_attention") else data)
 
 
-def _medians_by_start(passes: Sequence[Measured], rates: Sequence[float]) -> dict[int, float]:
-    starts: dict[int, list[float]] = {}
-    for each, rate in zip(passes, rates, strict=True):
-        starts.setdefault(each.start, []).append(rate)
-    return {start: statistics.median(of) for start, of in starts.items()}
+def _by_start(passes: Sequence[Measured], values: Sequence[Value]) -> dict[int, list[Value]]:
+    """Values of passes, one of each, by start."""
+    starts: dict[int, list[Value]] = {}
+    for each, value in zip(passes, values, strict=True):
+        starts.setdefault(each.start, []).append(value)
+    return starts
 
 
 def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> list[dict[str, Any]]:
@@ -159,7 +170,10 @@ def build_rows(results: Sequence[Measured], first: str, output_tokens: int) -> l
         passes.setdefault((result.load, result.backend), []).append(result)
     speeds = {key: [steady_phase(each.timed) for each in of] for key, of in passes.items()}
     rates = {key: [speed["tokens_per_s"] for speed in of] for key, of in speeds.items()}
-    starts = {key: _medians_by_start(of, rates[key]) for key, of in passes.items()}
+    starts = {
+        key: {start: statistics.median(each) for start, each in _by_start(of, rates[key]).items()}
+        for key, of in passes.items()
+    }
     middle = {key: of.index(statistics.median_low(of)) for key, of in rates.items()}
     chosen = {key: of[middle[key]] for key, of in passes.items()}
     rows = []
@@ -211,8 +225,11 @@ def _pair(values: dict[str, float]) -> str:
     return f"{_number(values['p50'])} / {_number(values['p95'])}"
 
 
-def _first_token(values: dict[str, float]) -> str:
-    return f"{_pair(values)} ({_number(values['mean'])})"
+def _first_token(values: dict[str, Any]) -> str:
+    """p50 / p95 (mean), with the range of means over starts where there were several."""
+    text, each = _number(values["mean"]), values["mean_by_start"]
+    spread = f"; {_number(min(each))} to {_number(max(each))}" if len(each) > 1 else ""
+    return f"{_pair(values)} ({text}{spread})"
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -233,7 +250,7 @@ def _share(value: float | None) -> str:
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a Markdown table; times in milliseconds, p50 / p95 (mean)."""
+    """The rows as a Markdown table; times in milliseconds."""
     first = rows[0]["ratio_to"]
     with_prefix = any("ttft_prefix_ms" in row for row in rows)
     with_floor = any(row.get("floor_ms") for row in rows)
@@ -276,7 +293,8 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     )
     return (
         f"{text}\n\n{cut}Times are ms, p50 / p95, and of first tokens (TTFT) the mean: of requests "
-        "sent at once some wait for others, and the median may lie on either side of a wait. "
+        "sent at once some wait for others, and the median may lie on either side of a wait; of "
+        "several starts the least to most mean of one, too. "
         f"{floor}Candidates and kept are of the context. Equal: output tokens before the first "
         f"that differs from {first}'s; exact: requests without one; {first}'s own are of two runs "
         "of it. Of several passes tokens/s is the median (least to most), the ratio that of "
