@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import zmq
 from client import START_SECONDS, Server, prose, running
-from test_telemetry import expected, wait_for
+from test_served_telemetry import expected, wait_for
 
 from twilight_sgl.benchmark.servers import free_port
 
