@@ -69,7 +69,8 @@ class CompiledLaunch:
     """Launches a kernel as it was compiled when it was first launched so.
 
     Triton's own launch looks at every argument again, which takes the host three times as long.
-    So nothing that differs from launch to launch may change how the kernel is compiled.
+    So nothing that differs from launch to launch may change how the kernel is compiled. Its hooks
+    of launches, which its own profiler sets, do not see these.
 
     Args:
         kernel: what `triton.jit` made.
@@ -79,7 +80,7 @@ class CompiledLaunch:
     def __init__(self, kernel: Any, **options: object) -> None:
         self._kernel = kernel
         self._options = options
-        self._compiled: dict[Hashable, Any] = {}
+        self._compiled: dict[Hashable, tuple[Any, int]] = {}  # and the device it was loaded on
 
     def __call__(self, programs: int, arguments: tuple[Any, ...], kind: Hashable = None) -> None:
         """Launch on the current stream.
@@ -89,13 +90,15 @@ class CompiledLaunch:
             arguments: all of the kernel's in order, constants included.
             kind: tells launches apart that want the kernel compiled anew.
         """
-        grid = (programs, 1, 1)
-        if kind in self._compiled:
-            self._compiled[kind][grid](*arguments)
+        if kind not in self._compiled:
+            compiled = self._kernel[(programs,)](*arguments, **self._options)
+            if not is_interpreted():
+                self._compiled[kind] = compiled, torch.cuda.current_device()
             return
-        compiled = self._kernel[grid](*arguments, **self._options)
-        if not is_interpreted():
-            self._compiled[kind] = compiled
+        compiled, device = self._compiled[kind]
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        binary = compiled.function, compiled.packed_metadata
+        compiled.run(programs, 1, 1, stream, *binary, None, None, None, *arguments)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""A decode step's KV slots in one launch."""
+"""A decode step's KV slots and lengths in one launch."""
 
 import torch
 import triton
@@ -7,22 +7,26 @@ import triton.language as tl
 from twilight_sgl.kernels.launch import CompiledLaunch
 
 _BLOCK = 256  # rows
+_STEPS = 16  # steps whose slots are allocated at once, which costs the host less than one by one
 
 
 # What differs from step to step must not change how the kernel is compiled: see `CompiledLaunch`.
 @triton.jit(
     do_not_specialize=["stride_table", "num_rows"],
     do_not_specialize_on_alignment=[
-        *("req_to_token_ptr", "request_slots_ptr", "seq_lens_ptr"),
-        *("free_pages_ptr", "slots_ptr"),
+        *("req_to_token_ptr", "request_slots_ptr", "seq_lens_ptr", "orig_seq_lens_ptr"),
+        *("free_pages_ptr", "slots_ptr", "grown_ptr", "grown_orig_ptr"),
     ],
 )
 def _slots_kernel(
     req_to_token_ptr,
     request_slots_ptr,
     seq_lens_ptr,
+    orig_seq_lens_ptr,
     free_pages_ptr,
     slots_ptr,
+    grown_ptr,
+    grown_orig_ptr,
     stride_table,
     num_rows,
     PS: tl.constexpr,
@@ -34,6 +38,9 @@ def _slots_kernel(
         exists = row < num_rows
         request = tl.load(request_slots_ptr + row, exists, other=0).to(tl.int64)
         length = tl.load(seq_lens_ptr + row, exists, other=1).to(tl.int64)
+        tl.store(grown_ptr + row, length + 1, exists)
+        orig_length = tl.load(orig_seq_lens_ptr + row, exists, other=0)
+        tl.store(grown_orig_ptr + row, orig_length + 1, exists)
         next_ptr = req_to_token_ptr + request * stride_table + length
         opens_page = exists & (length % PS == 0)
         last = tl.load(next_ptr - 1, exists & (length % PS != 0), other=0)
@@ -56,24 +63,40 @@ class NextSlots:
     def __init__(self, device: torch.device, *, page_size: int) -> None:
         self._constants = page_size, _BLOCK
         self._launch = CompiledLaunch(_slots_kernel, num_warps=4)
+        self._device = device
+        self._unused_are: object = None
+        self._unused: list[tuple[torch.Tensor, ...]] = []
         no_rows = torch.empty(0, dtype=torch.int64, device=device)
         table = torch.empty((1, 1), dtype=torch.int32, device=device)
-        self(table, no_rows, no_rows, no_rows)  # compiles the kernel
+        self(table, no_rows, no_rows, no_rows.int(), no_rows)  # compiles the kernel
 
     def __call__(
         self,
         req_to_token: torch.Tensor,
         request_slots: torch.Tensor,
         seq_lens: torch.Tensor,
+        orig_seq_lens: torch.Tensor,
         free_pages: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         """See `reference.next_slots`; on the current stream."""
         rows = request_slots.shape[0]
-        slots = torch.empty(rows, dtype=torch.int64, device=request_slots.device)
-        tensors = req_to_token, request_slots, seq_lens, free_pages, slots
+        results = self._results(rows, seq_lens.dtype, orig_seq_lens.dtype)
+        tensors = req_to_token, request_slots, seq_lens, orig_seq_lens, free_pages, *results
         self._launch(
             1,
             (*tensors, req_to_token.stride(0), rows, *self._constants),
-            kind=(request_slots.dtype, seq_lens.dtype, free_pages.dtype),
+            kind=(request_slots.dtype, seq_lens.dtype, orig_seq_lens.dtype, free_pages.dtype),
         )
-        return slots
+        return results
+
+    def _results(self, rows: int, *dtypes: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Tensors that no step has had: slots, and lengths of these dtypes."""
+        if not self._unused or self._unused_are != (rows, dtypes):
+            shape = _STEPS, rows
+            of_steps = [
+                torch.empty(shape, dtype=dtype, device=self._device).unbind()
+                for dtype in (torch.int64, *dtypes)
+            ]
+            self._unused = list(zip(*of_steps, strict=True))
+            self._unused_are = rows, dtypes
+        return self._unused.pop()

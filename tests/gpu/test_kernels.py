@@ -251,7 +251,7 @@ def test_slots_of_a_table_beyond_32_bits() -> None:
     lengths = torch.tensor([columns - 16, columns - 17, columns - 16], device="cuda")
     table[slots, lengths - 1] = torch.tensor([5, 70, 9], dtype=torch.int32, device="cuda")
     free_pages = torch.tensor([8, 6, 4], device="cuda")
-    got = NextSlots(table.device, page_size=16)(table, slots, lengths, free_pages)
+    got, *_ = NextSlots(table.device, page_size=16)(table, slots, lengths, lengths, free_pages)
     assert table.numel() > 2**31
     assert got.tolist() == [128, 71, 96]
     assert table[slots, lengths].tolist() == [128, 71, 96]

@@ -192,7 +192,8 @@ def test_slots_are_allocated_where_the_hook_looks_for_it() -> None:
     served = Served()
     rows = torch.tensor([1], device=DEVICE), torch.tensor([5], device=DEVICE)
     free_pages = torch.tensor([9], device=DEVICE)
-    assert served.runtime.next_slots(served.table, *rows, free_pages).tolist() == [PS + 5]
+    slots, *_ = served.runtime.next_slots(served.table, *rows, rows[1], free_pages)
+    assert slots.tolist() == [PS + 5]
 
 
 def test_without_telemetry_nothing_is_counted() -> None:
