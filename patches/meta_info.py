@@ -1,7 +1,7 @@
 """Tell a request what its decode steps kept: `meta_info["twilight"]` of its last response.
 
-SGLang carries values by output token from a forward's output to the response; ours ride along,
-with no copy or wait that SGLang does not make anyway.
+SGLang carries values by output token from a request to its response; ours ride along, with no copy
+or wait that SGLang does not make anyway.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 from twilight_sgl.patches import Patch
 from twilight_sgl.request import KEY, RequestOptions
 from twilight_sgl.telemetry.guard import harmless
-from twilight_sgl.telemetry.report import ReportedOnce, StepSums, last_report
+from twilight_sgl.telemetry.report import ReportedOnce, last_report
 
 
 @harmless
@@ -33,15 +33,27 @@ def _follow(slots: list[int] | None, table: Any, reqs: list[Any], *args: Any) ->
 
 @harmless
 def _add_sums(output: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Send a step's sums with its output; SGLang reads them after it has waited for the tokens."""
+    """Send a step's sums with its output."""
     runtime = getattr(model_runner, "twilight", None)
     if runtime is None:
         return
     sums = runtime.take_row_sums()
     logits_output = output.logits_output
     if sums is not None and hasattr(logits_output, "customized_info"):  # not a pipeline's middle
-        values = logits_output.customized_info or {}
-        logits_output.customized_info = values | {KEY: StepSums(sums, runtime.row_sums_kept())}
+        logits_output.twilight_sums = sums, runtime.row_sums_kept()
+
+
+@harmless
+def note_sums(scheduler: Any, batch: Any, result: Any) -> None:
+    """Note the sums that came with a result, for the reports of its batch's requests."""
+    runtime = getattr(scheduler.tp_worker.model_runner, "twilight", None)
+    if runtime is None:
+        return
+    noted = getattr(getattr(result, "logits_output", None), "twilight_sums", None)
+    if noted is not None:
+        runtime.reports.add(batch.reqs, *noted)
+    else:  # those before it may be overwritten before others come
+        runtime.reports.settle()
 
 
 async def _collapse(

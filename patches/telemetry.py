@@ -1,4 +1,7 @@
-"""Publish Twilight's totals from the scheduler's loop, and refuse addresses it cannot use."""
+"""Follow the scheduler's loop: publish Twilight's totals, and note what a step's requests kept.
+
+Addresses that totals cannot be published at are refused.
+"""
 
 from typing import Any
 
@@ -11,6 +14,7 @@ from twilight_sgl.patches.compat import (
     resolved,
     uses_twilight,
 )
+from twilight_sgl.patches.meta_info import note_sums
 from twilight_sgl.telemetry.guard import harmless
 from twilight_sgl.telemetry.publisher import Publisher, Sink
 
@@ -78,7 +82,8 @@ def _events(scheduler: Any, address: str | None) -> Sink | None:
     return EventSink(address, Rank(parallel.tp_rank, parallel.pp_rank, dp_rank, index))
 
 
-def _after_batch(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+def _before_result(scheduler: Any, batch: Any, result: Any, *args: Any, **kwargs: Any) -> None:
+    note_sums(scheduler, batch, result)
     _tick(scheduler)
 
 
@@ -94,9 +99,9 @@ PATCHES = [
     ),
     Patch(
         f"{SCHEDULER}.process_batch_result",
-        "after",
-        _after_batch,
-        f"{WHY}: after each batch while it is busy",
+        "before",
+        _before_result,
+        f"{WHY}: with each batch while it is busy; a report is sent while a result is read",
         ("self", "batch", "result"),
     ),
     Patch(

@@ -84,7 +84,7 @@ class Served:
         sums = self.runtime.take_row_sums()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-        return None if sums is None else sums.clone()
+        return None if sums is None else torch.tensor(sums)
 
     def counted(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the last step's layers wrote: candidate and kept [L, B, HK], masses [L, B, HK]."""

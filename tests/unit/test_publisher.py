@@ -12,6 +12,7 @@ from twilight_sgl.errors import TwilightError
 from twilight_sgl.patches import compat, telemetry
 from twilight_sgl.telemetry.events import address_of
 from twilight_sgl.telemetry.publisher import Publisher, difference
+from twilight_sgl.telemetry.report import Reports
 from twilight_sgl.telemetry.snapshot import Snapshot
 
 
@@ -121,28 +122,28 @@ def fake_scheduler(runtime: Any, labels: dict[str, Any] | None = None) -> Any:
 
 
 def hooks() -> tuple[Any, Any]:
-    after_batch, on_idle = (patch.hook for patch in telemetry.PATCHES[1:])
-    return after_batch, on_idle
+    before_result, on_idle = (patch.hook for patch in telemetry.PATCHES[1:])
+    return before_result, on_idle
 
 
 @pytest.mark.parametrize("config", [None, TwilightConfig(telemetry=False), TwilightConfig()])
 def test_without_a_runtime_or_a_sink_the_hooks_do_nothing(config: TwilightConfig | None) -> None:
     polls = Polls(totals(1))
-    runtime = config and SimpleNamespace(config=config, poll_snapshot=polls.poll)
+    runtime = config and SimpleNamespace(config=config, poll_snapshot=polls.poll, reports=Reports())
     scheduler = fake_scheduler(runtime)
-    after_batch, on_idle = hooks()
+    before_result, on_idle = hooks()
     on_idle(scheduler)
-    after_batch(None, scheduler, "batch", "result")
+    assert before_result(scheduler, "batch", "result") is None
     assert polls.count == 0
 
 
 def test_busy_and_idle_loops_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     sink, polls = Sink(), Polls(totals(1))
     monkeypatch.setattr(telemetry, "_metrics", lambda scheduler: sink)
-    runtime = SimpleNamespace(config=TwilightConfig(), poll_snapshot=polls.poll)
-    after_batch, on_idle = hooks()
+    runtime = SimpleNamespace(config=TwilightConfig(), poll_snapshot=polls.poll, reports=Reports())
+    before_result, on_idle = hooks()
     scheduler = fake_scheduler(runtime)
-    after_batch(None, scheduler, "batch", "result")
+    assert before_result(scheduler, "batch", "result") is None
     assert polls.count == 1
     idle = fake_scheduler(runtime)
     on_idle(idle)

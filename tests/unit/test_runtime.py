@@ -286,7 +286,7 @@ def test_row_sums_are_taken_once_and_recount_the_step(server: Server) -> None:
     decode(server, 1)
     again = server.runtime.take_row_sums()
     assert again is not None
-    assert again[:, :4].equal(sums[:, :4]) and not again[:, 4].any()
+    assert (again[:, :4] == sums[:, :4]).all() and not again[:, 4].any()
 
 
 def test_row_sums_stay_where_no_request_gets_a_report(server: Server) -> None:
@@ -319,7 +319,7 @@ def test_a_report_names_the_p_in_force(server: Server) -> None:
     for p, options in in_force.items():
         report = server.runtime.report_for(req, options)
         assert report is not None
-        report.append([600.0, 120.0, 60.0, 2.0, 1.0])
+        report.add(1, 600.0, 60.0, 2.0, reused=1.0)
         assert report.to_dict() == {
             "p": p,
             "steps": 1,

@@ -21,7 +21,7 @@ from twilight_sgl.pages.pool import SummaryPool, bounds_dtype
 from twilight_sgl.pages.sealing import pages_needed
 from twilight_sgl.request import RequestOptions
 from twilight_sgl.telemetry.counters import Counters, HostTotals
-from twilight_sgl.telemetry.report import RequestReport
+from twilight_sgl.telemetry.report import Reports, RequestReport, RowSums
 from twilight_sgl.telemetry.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,11 @@ class TwilightRuntime:
         self._decode_steps = 0
         self.dense_steps = 0
         self.reports_requests = config.telemetry
+        self.reports = Reports()
         self._stream: torch.cuda.Stream | None = None  # the forward stream, once known
         self._layer_outputs: list[LayerOutput] = []
         self._pages_reused_by_row = torch.zeros(0, dtype=torch.int32)
-        self._row_sums: torch.Tensor | None = None
+        self._row_sums: RowSums | None = None
         logger.info(
             "Twilight: %s; page summaries of %d layers take %.2f GB",
             config,
@@ -180,9 +181,8 @@ class TwilightRuntime:
         if len(self._layer_outputs) < len(self.pool.layer_ids):
             return
         outputs, self._layer_outputs = self._layer_outputs, []
-        self._row_sums = torch.zeros(
-            (len(plan.sparse), len(ROW_SUMS)), dtype=torch.float64, device=plan.sparse.device
-        )
+        row_sums = torch.zeros((len(plan.sparse), len(ROW_SUMS)), dtype=torch.float64)
+        self._row_sums = row_sums.numpy()
         count_step(
             torch.stack([output.candidate_tokens for output in outputs]),
             torch.stack([output.kept_tokens for output in outputs]),
@@ -193,17 +193,17 @@ class TwilightRuntime:
             self.counters.tokens,
             self.counters.kept_mass,
             self.counters.sparse_rows,
-            self._row_sums,
+            row_sums,
         )
 
     def report_for(self, req: Any, options: RequestOptions) -> RequestReport | None:
-        """A report for SGLang to fill with a request's `take_row_sums`; None for no report."""
+        """A report that `reports` fills for a request; None for no report."""
         if not self.reports_requests:
             return None
         p = self._value_of(options) if options.enabled else None
-        return RequestReport(req, p, self.counters.kept_mass.numel())
+        return RequestReport(req, p, self.counters.kept_mass.numel(), self.reports.settle)
 
-    def take_row_sums(self) -> torch.Tensor | None:
+    def take_row_sums(self) -> RowSums | None:
         """The last step's sums of each row, once.
 
         Returns:

@@ -22,6 +22,7 @@ from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 from twilight_sgl.kernels.slots.triton import NextSlots
 from twilight_sgl.pages.ledger import Ledger
+from twilight_sgl.telemetry.report import RowSums
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class _Buffers:
         row_sums = (_TURNS, max_batch, len(ROW_SUMS))
         pinned = device.type == "cuda"
         self.row_sums = torch.zeros(row_sums, dtype=torch.float64, pin_memory=pinned)
+        self.row_sums_read: RowSums = self.row_sums.numpy()
         self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         self._plans: dict[int, DecodePlan] = {}  # views are made once for each batch size
 
@@ -294,7 +296,7 @@ class TritonRuntime(TwilightRuntime):
             )
         return out
 
-    def take_row_sums(self) -> torch.Tensor | None:
+    def take_row_sums(self) -> RowSums | None:
         """See `TwilightRuntime.take_row_sums`; rows of dense requests are 0.
 
         The GPU may not have written them yet: read them once the step is known to have ended, as
@@ -302,7 +304,7 @@ class TritonRuntime(TwilightRuntime):
         """
         if self._counts_rows and self._current is not None and self._plan is not None:
             turn, rows = self._planned % _TURNS, len(self._plan.sparse)
-            self._row_sums = self._current.row_sums[turn, :rows]
+            self._row_sums = self._current.row_sums_read[turn, :rows]
         self._counts_rows = False
         return super().take_row_sums()
 
