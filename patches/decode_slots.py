@@ -77,9 +77,7 @@ def is_known() -> bool:
 def log_if_left_alone() -> None:
     """Log that SGLang's own allocation stays; where plugins are loaded its log is not set up."""
     if not PATCHES:
-        logger.info(
-            "Twilight: this SGLang allocates decode slots in another way; they stay its own"
-        )
+        logger.info("Twilight: this SGLang prepares decode steps in another way; they stay its own")
 
 
 def _next_slots(batch: Any) -> "NextSlots | None":

@@ -168,16 +168,17 @@ def test_sums_are_read_late_and_all_at_once() -> None:
 
 def test_a_step_too_many_and_a_retracted_one_do_not_count() -> None:
     step = [row(600, 60, 5.4, reused=2), row(500, 50, 6.0)]
-    runtime, (first, second) = served(step, step, step, requests=2)
+    runtime, (first, second) = served(step, step, step, step, requests=2)
     runtime.run_step([first, second])
     second.is_retracted = True
     runtime.run_step([first, second])
     second.is_retracted = False
     assert report_of(first)["steps"] == 2
-    second.has_finished = True
-    runtime.run_step([first, second])  # launched before either had ended
+    runtime.run_step([first, second])  # launched before the first was known to have ended
     assert report_of(first)["steps"] == 2
-    assert report_of(second)["steps"] == 1
+    assert report_of(second)["steps"] == 2
+    runtime.run_step([first, second])  # and both
+    assert report_of(second)["steps"] == 2
     assert not runtime.reports._steps
 
 

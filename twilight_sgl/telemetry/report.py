@@ -35,7 +35,8 @@ class Reports:
         """Note a step whose result SGLang is about to read.
 
         Args:
-            reqs: SGLang's requests, by row; those retracted since have to run the step again.
+            reqs: SGLang's requests, by row; it drops the step of those that have ended or were
+                retracted since it was launched.
             sums: [>= B, 5] float64 on the host, see `ROW_SUMS`, 0 where a row was dense; the GPU
                 has written them by the time a report is read.
             is_kept: whether they are still those of this step.
@@ -44,10 +45,10 @@ class Reports:
             raise TwilightError(f"a step's sums are {sums.shape}, each row wants {ROW_SUMS}")
         if len(self._steps) == MOST_STEPS:  # the GPU may not have written the new ones
             self.settle()
-        if all(req.finished() for req in reqs):  # an overlapped step too many
-            return
-        if any(req.is_retracted for req in reqs):
-            reqs = [None if req.is_retracted else req for req in reqs]
+        if any(req.finished() or req.is_retracted for req in reqs):
+            reqs = [None if req.finished() or req.is_retracted else req for req in reqs]
+            if not any(reqs):
+                return
         self._steps.append((reqs, sums, is_kept))
 
     @harmless
