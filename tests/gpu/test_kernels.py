@@ -3,9 +3,12 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
@@ -29,6 +32,7 @@ from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
 from twilight_sgl.kernels.slots.triton import NextSlots
+from twilight_sgl.pages.allocation import compile_extend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -256,6 +260,27 @@ def test_slots_of_a_table_beyond_32_bits() -> None:
     assert got.tolist() == [128, 71, 96]
     assert table[slots, lengths].tolist() == [128, 71, 96]
     assert table.count_nonzero() == 6
+
+
+def test_no_batch_of_prompts_compiles_its_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, size = 64, 16
+    allocator = PagedTokenToKVPoolAllocator(
+        pages * size, size, torch.bfloat16, "cuda", SimpleNamespace(), False
+    )
+    compile_extend(allocator, 9)
+    compiled = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **call: compiled.append(call["fn"])
+    )
+    for requests in (1, 2, 3, 5, 8, 9):
+        prefix = torch.zeros(requests, dtype=torch.int64)
+        lengths = prefix + size + 1
+        tensors = prefix.cuda(), prefix, lengths.cuda(), lengths
+        slots = allocator.alloc_extend(*tensors, prefix.cuda() - 1, int(lengths.sum()))
+        assert len(set(slots.tolist())) == lengths.sum()
+        assert len(allocator.free_pages) == pages - 2 * requests
+        allocator.clear()
+    assert compiled == []
 
 
 @pytest.mark.parametrize("centred", [False, True], ids=["", "centred"])

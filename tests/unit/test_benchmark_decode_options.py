@@ -8,11 +8,13 @@ from transformers import LlamaConfig
 from twilight_sgl.benchmark.decode_options import (
     check_first_tokens,
     check_loads,
+    check_radix_cache,
+    check_server,
     choose_backends,
     parse_urls,
 )
 from twilight_sgl.benchmark.prompts import Load, parse_loads
-from twilight_sgl.benchmark.servers import fit_at_once, pool_tokens, server_flags
+from twilight_sgl.benchmark.servers import Server, fit_at_once, pool_tokens, server_flags
 from twilight_sgl.errors import TwilightError
 
 LOAD = Load("2x1k", 2, 1024)
@@ -84,6 +86,20 @@ def test_servers_fit_if_pools_and_weights_do(tmp_path: Path) -> None:
     assert fit_at_once(pools, tmp_path, config, "cuda", 60 << 30)
     assert not fit_at_once(pools, tmp_path, config, "cuda", 50 << 30)
     assert fit_at_once(pools[:1], tmp_path, config, "cuda", 20 << 30)
+
+
+def test_a_shared_prefix_is_held_once() -> None:
+    load = Load("64x28k", 64, 28672)
+    tokens = pool_tokens([load], 256, 27648)
+    assert 27648 + 64 * (1024 + 256) < tokens < 2 * 27648 + 64 * (1024 + 256) + 64 * 32 + 4096 + 16
+    server = Server("a", "http://h:1")
+    check_server(server, {"max_total_num_tokens": tokens}, [load], 256, 27648)
+    with pytest.raises(TwilightError, match=rf"64x28k takes {64 * 28928} KV tokens, .*{tokens}"):
+        check_server(server, {"max_total_num_tokens": tokens}, [load], 256, 0)
+    info = {"max_total_num_tokens": tokens, "disable_radix_cache": True}
+    with pytest.raises(TwilightError, match=r"--shared-prefix 27648 .*--disable-radix-cache"):
+        check_server(server, info, [load], 256, 27648)
+    check_radix_cache(0, disabled=True)
 
 
 def test_loads_beyond_the_context_are_refused() -> None:

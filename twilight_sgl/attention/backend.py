@@ -13,6 +13,7 @@ from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.pages.allocation import compile_extend
 from twilight_sgl.patches import decode_slots
 from twilight_sgl.patches.compat import attention_backend_names, parallel_layout
 
@@ -305,7 +306,10 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
         backend.runtime.reports_requests = False
     model_runner.twilight = backend.runtime
     model_runner.req_to_token_pool.twilight = backend.runtime
-    full_attention_allocator(model_runner.token_to_kv_pool_allocator).twilight = backend.runtime
+    allocator = full_attention_allocator(model_runner.token_to_kv_pool_allocator)
+    allocator.twilight = backend.runtime
+    if table.is_cuda:
+        compile_extend(allocator, model_runner.req_to_token_pool.size)
     return backend
 
 

@@ -17,6 +17,7 @@ from twilight_sgl.benchmark.decode_options import (
     add_arguments,
     check_first_tokens,
     check_loads,
+    check_radix_cache,
     check_repetitions,
     check_server,
     choose_backends,
@@ -106,7 +107,7 @@ class Benchmark:
             for server in servers:
                 info = await _ask(server, server_info(session, server.url))
                 most = max(map(self.most_tokens, self.prompts))
-                check_server(server, info, list(self.prompts), most)
+                check_server(server, info, list(self.prompts), most, self.args.shared_prefix)
                 first = next(iter(self.prompts.values()))[:1]
                 progress.set_description(f"{server.name}, warm up")
                 url = server.url
@@ -236,7 +237,7 @@ def _groups(
     device: str,
 ) -> list[dict[str, tuple[str, ...]]]:
     """Flags by name of the servers to start, one group after another; none for one that runs."""
-    tokens: int | None = pool_tokens(args.loads, most_tokens)
+    tokens: int | None = pool_tokens(args.loads, most_tokens, args.shared_prefix)
     start = [name for name in names if name not in urls]
     at_once = args.side_by_side
     if at_once is None:
@@ -308,6 +309,8 @@ def _run(args: argparse.Namespace) -> None:
     tokenizer, config, context = load_model_files(model, shlex.split(args.server_args))
     context = info.get("context_length") or context
     check_loads(args.loads, args.output_tokens, args.shared_prefix, context)
+    no_cache = "--disable-radix-cache" in shlex.split(args.server_args)
+    check_radix_cache(args.shared_prefix, disabled=no_cache)
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args, _make_prompts(args, tokenizer), context)
     most = max(map(benchmark.most_tokens, args.loads))

@@ -7,7 +7,7 @@ from typing import Any
 
 from twilight_sgl.benchmark.prompts import Load, parse_loads
 from twilight_sgl.benchmark.record import parse_tokens
-from twilight_sgl.benchmark.servers import Server
+from twilight_sgl.benchmark.servers import Server, tokens_at_once
 from twilight_sgl.errors import TwilightError
 
 
@@ -170,17 +170,34 @@ def check_loads(
             )
 
 
-def check_server(server: Server, info: dict[str, Any], loads: Sequence[Load], tokens: int) -> None:
+def check_radix_cache(shared_prefix: int, *, disabled: bool) -> None:
+    """Raise TwilightError for a shared prefix that a server would not share."""
+    if shared_prefix and disabled:
+        raise TwilightError(
+            f"--shared-prefix {shared_prefix} wants SGLang's radix cache: pass 0, or drop "
+            "--disable-radix-cache from the servers' flags"
+        )
+
+
+def check_server(
+    server: Server,
+    info: dict[str, Any],
+    loads: Sequence[Load],
+    tokens: int,
+    shared_prefix: int,
+) -> None:
     """Raise TwilightError for a server that cannot hold all requests of a load at once.
 
     Args:
         tokens: of output, at most.
+        shared_prefix: tokens that all prompts of a load begin with; the radix cache has them once.
     """
+    check_radix_cache(shared_prefix, disabled=bool(info.get("disable_radix_cache")))
     capacity = info.get("max_total_num_tokens")
     states = info.get("internal_states") or [{}]
     slots = states[0].get("effective_max_running_requests_per_dp")
     for load in loads:
-        need = load.requests * (load.prompt_tokens + tokens)
+        need = tokens_at_once(load, tokens, shared_prefix)
         if capacity is not None and need > capacity:
             raise TwilightError(
                 f"--loads {load.name} takes {need} KV tokens, the server of {server.name!r} has "

@@ -117,10 +117,19 @@ def server_flags(
     return (*flags, *extra)
 
 
-def pool_tokens(loads: Sequence[Load], max_tokens: int) -> int:
-    """Tokens of KV cache that the largest load takes, in whole pages and some to spare."""
-    need = max(load.requests * (load.prompt_tokens + max_tokens + 2 * PAGE_SIZE) for load in loads)
-    return -(-(need + 4096) // PAGE_SIZE) * PAGE_SIZE
+def tokens_at_once(load: Load, max_tokens: int, shared_prefix: int = 0) -> int:
+    """Tokens of KV cache that all requests of a load take, of a prefix that they share once."""
+    return shared_prefix + load.requests * (load.prompt_tokens - shared_prefix + max_tokens)
+
+
+def pool_tokens(loads: Sequence[Load], max_tokens: int, shared_prefix: int = 0) -> int:
+    """Tokens of KV cache that the largest load takes, in whole pages and some to spare.
+
+    A shared prefix is held twice for a while, where two requests come upon it before it is cached.
+    """
+    ends = 2 * PAGE_SIZE  # of each request
+    need = max(tokens_at_once(load, max_tokens + ends, shared_prefix) for load in loads)
+    return -(-(need + shared_prefix + 4096) // PAGE_SIZE) * PAGE_SIZE
 
 
 def fit_at_once(
