@@ -1,7 +1,10 @@
 """What the Triton kernels share: how work is laid over a fixed grid, and launch choices."""
 
+import contextlib
 import functools
-from collections.abc import Hashable
+import os
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -65,6 +68,34 @@ def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str
     return options
 
 
+_ahead = False  # whether launches only compile
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Launches inside compile their kernels, on all CPUs at a time, and launch nothing.
+
+    One by one, as a server's graphs meet them, the variants for its batch sizes take a minute. What
+    does not compile is passed over, and says why where it is launched.
+    """
+    global _ahead
+    cpus = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(cpus) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        _ahead = True
+        try:
+            yield
+        finally:
+            _ahead = False
+
+
+def launch(kernel: Any, programs: int) -> Callable[..., Any]:
+    """What takes a kernel's arguments to launch it, on a grid of one dimension."""
+    if _ahead:
+        return functools.partial(kernel.warmup, grid=(programs,))
+    launcher: Callable[..., Any] = kernel[(programs,)]
+    return launcher
+
+
 class CompiledLaunch:
     """Launches a kernel as it was compiled when it was first launched so.
 
@@ -90,9 +121,9 @@ class CompiledLaunch:
             arguments: all of the kernel's in order, constants included.
             kind: tells launches apart that want the kernel compiled anew.
         """
-        if kind not in self._compiled:
-            compiled = self._kernel[(programs,)](*arguments, **self._options)
-            if not is_interpreted():
+        if _ahead or kind not in self._compiled:
+            compiled = launch(self._kernel, programs)(*arguments, **self._options)
+            if not is_interpreted() and not _ahead:
                 self._compiled[kind] = compiled, torch.cuda.current_device()
             return
         compiled, device = self._compiled[kind]

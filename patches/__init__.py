@@ -26,6 +26,7 @@ MODULES = (
     "forward_order",
     "mixed_steps",
     "graph_variants",
+    "compile_ahead",
     "server_info",
     "meta_info",
     "openai_report",

@@ -9,12 +9,18 @@ RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGr
 DENSE = "dense"
 
 
-def _backend(runner: Any) -> Any:
+def captured_backend(runner: Any) -> Any:
     """The Twilight backend of a graph runner that captures ordinary decode steps, or None."""
     if not runner.capture_forward_mode.is_decode():
         return None
     backend = getattr(runner.attn_backend, "decode_backend", runner.attn_backend)
-    return backend if getattr(backend, "wants_dense_graphs", False) else None
+    return backend if hasattr(backend, "wants_dense_graphs") else None
+
+
+def _backend(runner: Any) -> Any:
+    """The same where it wants dense graphs beside the others."""
+    backend = captured_backend(runner)
+    return backend if backend is not None and backend.wants_dense_graphs else None
 
 
 def _capture_both(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:

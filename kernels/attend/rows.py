@@ -24,6 +24,7 @@ from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
     is_interpreted,
+    launch,
     launch_options,
     shared_memory,
     wait_for_inputs,
@@ -292,7 +293,7 @@ def attend_rows(
     )
     registers = _REGISTERS // (programs * warps * 32) // 8 * 8  # an SM gives them out by eight
     grid = grid_programs(q.device, programs)
-    _attend_rows_kernel[(grid,)](
+    launch(_attend_rows_kernel, grid)(
         q,
         key_cache,
         value_cache,

@@ -24,6 +24,7 @@ from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
     is_interpreted,
+    launch,
     launch_options,
     wait_for_inputs,
 )
@@ -261,7 +262,7 @@ def attend(
     dim_v_pad = triton.next_power_of_2(dim_v)
     token_bytes = (dim + dim_v) * key_cache.element_size()
     least, gap, tile, stages, warps, programs = _tiling(token_bytes, batch * heads_kv)
-    _attend_kernel[(grid_programs(q.device, programs),)](
+    launch(_attend_kernel, grid_programs(q.device, programs))(
         q,
         key_cache,
         value_cache,

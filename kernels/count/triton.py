@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from twilight_sgl.kernels.launch import launch
+
 _TILE_ELEMENTS = 4096  # query heads times rows or layers that a program adds up at a time
 IDLE_CLOCK = (torch.iinfo(torch.int64).max, 0)  # no program has begun, none has ended
 
@@ -221,7 +223,7 @@ def count_step(
     group = masses.shape[2] // heads_kv
     pads = triton.next_power_of_2(heads_kv), triton.next_power_of_2(group)
     block = max(1, min(_TILE_ELEMENTS // (pads[0] * pads[1]), 64))
-    _count_kernel[(layers + batch,)](
+    launch(_count_kernel, layers + batch)(
         candidate_tokens,
         kept_tokens,
         masses,

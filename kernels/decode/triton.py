@@ -20,6 +20,7 @@ from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
     is_interpreted,
+    launch,
     launch_options,
     shared_memory,
 )
@@ -107,7 +108,7 @@ def decode_layer(
     wide = key_cache.element_size() > 2 or (codes is None and dim > 128)
     parts = decode_parts(pairs, wide, q.device)
     interpreted = is_interpreted()
-    decode_kernel[(pairs * parts,)](
+    launch(decode_kernel, pairs * parts)(
         q,
         key_cache,
         value_cache,

@@ -9,6 +9,7 @@ from twilight_sgl.kernels.launch import (
     compute_dtype,
     grid_programs,
     is_interpreted,
+    launch,
     launch_options,
     locate_block,
     wait_for_inputs,
@@ -180,7 +181,7 @@ def estimate_logits(
         batch * heads_kv * candidate_page_ids.shape[-1], dim
     )
     block = max(block, page_size)
-    _estimate_kernel[(grid_programs(q.device, programs),)](
+    launch(_estimate_kernel, grid_programs(q.device, programs))(
         q,
         key_cache,
         codes,

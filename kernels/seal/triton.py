@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.launch import grid_programs, is_interpreted
+from twilight_sgl.kernels.launch import grid_programs, is_interpreted, launch
 from twilight_sgl.kernels.seal.reference import FLOAT8_MAX, FLOAT16_MAX, INT4_LEVELS
 
 _TILE_ELEMENTS = 1024  # of half the channels: what one warp holds, as more would talk
@@ -189,7 +189,7 @@ def seal_pages(
     half_pad = triton.next_power_of_2(dim // 2)
     heads = triton.next_power_of_2(heads_kv)
     heads = max(1, min(heads, _TILE_ELEMENTS // (page_size * half_pad)))
-    _seal_kernel[(grid_programs(keys.device, 32),)](
+    launch(_seal_kernel, grid_programs(keys.device, 32))(
         key_pointers,
         min_max,
         codes,

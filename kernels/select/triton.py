@@ -14,6 +14,7 @@ from twilight_sgl.kernels.estimate.parts import store_digits
 from twilight_sgl.kernels.launch import (
     grid_programs,
     is_interpreted,
+    launch,
     launch_options,
     locate_block,
     wait_for_inputs,
@@ -326,7 +327,7 @@ def select_pages(
         batch * min_max.shape[1] * page_ids.shape[1], 2 * q.shape[2] * min_max.element_size()
     )
     num_chunks = 1 if chunk_counts is None else chunk_counts.shape[-1]
-    _select_kernel[(grid_programs(q.device, tiling.programs),)](
+    launch(_select_kernel, grid_programs(q.device, tiling.programs))(
         q,
         min_max,
         page_ids,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twilight_sgl.kernels.launch import is_interpreted, launch_options, wait_for_inputs
+from twilight_sgl.kernels.launch import is_interpreted, launch, launch_options, wait_for_inputs
 from twilight_sgl.kernels.top_p.parts import (
     keep_any,
     threshold_in_registers,
@@ -168,7 +168,7 @@ def top_p_thresholds(
     batch, heads_q, capacity = logits.shape
     padded = max(16, triton.next_power_of_2(capacity))
     large = min(padded, _MOST_IN_REGISTERS)
-    _threshold_kernel[(batch * heads_q,)](
+    launch(_threshold_kernel, batch * heads_q)(
         logits,
         p,
         counts,
@@ -219,7 +219,7 @@ def unite_kept(
     """
     batch, heads_q, _ = logits.shape
     heads_kv, num_chunks = chunk_counts.shape[1:]
-    _union_kernel[(batch * heads_kv * num_chunks,)](
+    launch(_union_kernel, batch * heads_kv * num_chunks)(
         logits,
         thresholds,
         seq_lens,

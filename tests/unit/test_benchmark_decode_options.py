@@ -1,10 +1,12 @@
 """The decode benchmark's choices: backends, flags of servers, loads, and what is refused."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
+from twilight_sgl.benchmark.decode import Benchmark
 from twilight_sgl.benchmark.decode_options import (
     check_first_tokens,
     check_loads,
@@ -108,6 +110,17 @@ def test_loads_beyond_the_context_are_refused() -> None:
         check_loads([LOAD], 256, 0, 1280)
     with pytest.raises(TwilightError, match=r"--shared-prefix 1024"):
         check_loads([LOAD], 256, 1024, 9999)
+
+
+def test_many_requests_have_time_to_start() -> None:
+    def most(requests: int, output_tokens: int) -> int:
+        args = Namespace(output_tokens=output_tokens)
+        load = Load("", requests, 28672)
+        return Benchmark(args, {}, 32768).most_tokens(load)
+
+    assert most(128, 64) == 64 + 4 * 128
+    assert most(128, 256) == most(1, 256) == 1024
+    assert most(1, 2048) == 32768 - 28672 - 1
 
 
 def test_first_tokens_are_at_least_one() -> None:

@@ -1,5 +1,6 @@
 """SGLang's view of Twilight: an attention backend for decoding."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from twilight_sgl.attention.plan import DecodePlan
 from twilight_sgl.attention.runtime import TwilightRuntime
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.errors import TwilightError
+from twilight_sgl.kernels.launch import compiling_ahead
 from twilight_sgl.pages.allocation import compile_extend
 from twilight_sgl.patches import decode_slots
 from twilight_sgl.patches.compat import attention_backend_names, parallel_layout
@@ -130,9 +132,15 @@ class TritonAttnBackend(TwilightAttnBackend):
 
     def __init__(self, model_runner: Any, runtime: "TritonRuntime") -> None:
         super().__init__(model_runner, runtime)
-        self.has_stock_layers = any(
-            not runtime.serves(layer.layer_id) for layer in attention_layers(model_runner.model)
-        )
+        layers = attention_layers(model_runner.model)
+        served = [layer for layer in layers if runtime.serves(layer.layer_id)]
+        self.has_stock_layers = len(served) < len(layers)
+        # The last that selects is among them: it counts the step.
+        self._layer_of_kind = {
+            (runtime.pool.has_layer(layer.layer_id), bool(layer.logit_cap)): layer
+            for layer in served
+        }
+        self._dtype = model_runner.dtype
 
     @property
     def wants_dense_graphs(self) -> bool:
@@ -147,6 +155,32 @@ class TritonAttnBackend(TwilightAttnBackend):
         """Allocate what graphs of up to max_bs rows use."""
         self.dense.init_cuda_graph_state(max_bs, max_num_tokens)
         self.runtime.reserve(max_bs)
+
+    def compile_ahead(self, batch_sizes: Sequence[int]) -> None:
+        """Compile what steps of these sizes launch, before graphs of them are captured.
+
+        Attention sinks come with a call: layers that have some are compiled when first captured.
+        """
+        table = self.req_to_token_pool.req_to_token
+        rows = torch.zeros(max(batch_sizes), dtype=torch.int64, device=table.device)
+        with compiling_ahead():
+            for batch in batch_sizes:
+                for dense in (False, True) if self.wants_dense_graphs else (False,):
+                    self.runtime.begin_decode(table, rows[:batch], rows[:batch], dense=dense)
+                    if not dense:
+                        self.runtime.seal_claimed()
+                    for layer in self._layer_of_kind.values():
+                        self._compile_layer(layer, batch)
+
+    def _compile_layer(self, layer: RadixAttention, batch: int) -> None:
+        shapes = (
+            (layer.tp_q_head_num, layer.qk_head_dim),
+            (layer.tp_k_head_num, layer.qk_head_dim),
+            (layer.tp_v_head_num, layer.v_head_dim),
+        )
+        device = self.req_to_token_pool.req_to_token.device
+        q, k, v = (torch.empty((batch, *s), dtype=self._dtype, device=device) for s in shapes)
+        self.forward_decode(q, k, v, layer, None, save_kv_cache=self._is_cache_row(k))
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """As the prefill backend; our padded rows are known by their request slot, 0."""

@@ -55,8 +55,10 @@ from twilight_sgl.embedded_model import EmbeddedModelError, ensure_embedded_mode
 from twilight_sgl.errors import TwilightError
 
 # A request that starts first decodes alone until the last one starts; it may take so many times
-# --output-tokens until all have had theirs together.
+# --output-tokens until all have had theirs together, or so many steps for each that starts, as
+# SGLang's HTTP process reads a long prompt in about two steps of a small model.
 SLACK = 4
+STEPS_A_START = 4
 CHUNKS_A_STEP = 4  # more and the server's streaming, not its decoding, is measured
 # A first token that is soon there depends on which requests happen to share a batch.
 LEAST_ROUNDS = 8
@@ -85,8 +87,9 @@ class Benchmark:
 
     def most_tokens(self, load: Load) -> int:
         """Output tokens that a request of the timed pass may take."""
+        tokens = self.args.output_tokens
         room = self.context_tokens - load.prompt_tokens - 1
-        return min(SLACK * self.args.output_tokens, room)
+        return min(max(SLACK * tokens, tokens + STEPS_A_START * load.requests), room)
 
     def repeats(self, load: Load, *, all_cached: bool = False) -> int:
         """How many times more a load is asked for first tokens, in one state of the cache."""

@@ -1,0 +1,182 @@
+"""Kernels of decode graphs are compiled before the first is captured, and nothing runs for it."""
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from twilight_sgl.attention.backend import TritonAttnBackend
+from twilight_sgl.config import TwilightConfig
+from twilight_sgl.kernels import launch
+from twilight_sgl.patches.compile_ahead import _compile
+
+HOPPER = SimpleNamespace(
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+)
+
+
+def _double(values_ptr, count, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + index, index < count)
+    tl.store(values_ptr + index, values * 2, index < count)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[int]]:
+    """BLOCK of each variant that is compiled, for a GPU that is not there."""
+    sizes: list[int] = []
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(
+        triton.knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **call: sizes.append(call["compile"]["constants"][(2,)]),
+    )
+    driver.set_active(HOPPER)
+    yield sizes
+    driver._active = None
+
+
+def test_launches_compile_and_nothing_else(compiled: list[int]) -> None:
+    kernel = triton.jit(_double)
+    values = torch.ones(40)
+    with launch.compiling_ahead():
+        for block in (16, 64, 16):
+            launch.launch(kernel, 3)(values, 40, BLOCK=block)
+    assert sorted(compiled) == [16, 64]
+    assert values.eq(1).all()
+    kernel.warmup(values, 40, BLOCK=64, grid=(1,))
+    assert sorted(compiled) == [16, 64], "compiled again"
+
+
+def test_what_does_not_compile_says_so_where_it_is_launched(compiled: list[int]) -> None:
+    kernel = triton.jit(_double)
+    values = torch.ones(4)
+    with launch.compiling_ahead():
+        for block in (3, 16):  # no power of two, and one
+            launch.launch(kernel, 1)(values, 4, BLOCK=block)
+    assert compiled == [16]
+    with pytest.raises(triton.CompilationError, match="power of 2"):
+        kernel[(1,)](values, 4, BLOCK=3)
+
+
+def test_kernels_are_launched_again_after_an_error() -> None:
+    kernel = Kernel()
+    with pytest.raises(ZeroDivisionError), launch.compiling_ahead():
+        raise ZeroDivisionError
+    launch.launch(kernel, 2)(1)
+    assert kernel.asked == [("launch", (2,), (1,), {})]
+
+
+class Kernel:
+    """Notes what is asked of a kernel."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def warmup(self, *args: Any, grid: tuple[int], **options: Any) -> None:
+        self.asked.append(("compile", grid, args, options))
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *args, **options: self.asked.append(("launch", grid, args, options))
+
+
+def test_a_compiled_launch_is_none_of_one_that_was_compiled_ahead() -> None:
+    kernel = Kernel()
+    launches = launch.CompiledLaunch(kernel, num_warps=2)
+    with launch.compiling_ahead():
+        launches(5, (1, 2))
+    assert kernel.asked == [("compile", (5,), (1, 2), {"num_warps": 2})]
+    assert not launches._compiled
+
+
+class Steps:
+    """A runtime that notes what a step would launch."""
+
+    def __init__(self) -> None:
+        self.config = TwilightConfig(skip_layers=(0,))
+        self.pool = SimpleNamespace(has_layer=lambda layer: layer in (1, 2))
+        self.asked: list[Any] = []
+
+    def serves(self, layer: int) -> bool:
+        return layer < 3
+
+    def begin_decode(
+        self, table: torch.Tensor, slots: torch.Tensor, lengths: torch.Tensor, *, dense: bool
+    ) -> None:
+        assert launch._ahead
+        self.asked.append((len(slots), "dense" if dense else "selects"))
+
+    def seal_claimed(self) -> None:
+        self.asked.append("seal")
+
+    def run_layer(self, layer_id: int, q: torch.Tensor, *, token: Any, **_: Any) -> torch.Tensor:
+        shapes = None if token is None else [tuple(each.shape) for each in token]
+        self.asked.append((layer_id, tuple(q.shape), shapes))
+        return q
+
+
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("min_step_mb", [96, 0])
+def test_steps_of_every_size_are_compiled(
+    cache: torch.dtype, min_step_mb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "twilight_sgl.attention.backend.TwilightAttnBackend.__init__", lambda *_: None
+    )
+    layers = [RadixAttention(4, 8, 0.5, 2, layer) for layer in range(4)]  # 3 is SGLang's
+    runtime = Steps()
+    runtime.config = TwilightConfig(min_step_mb=min_step_mb, min_context_tokens=0)
+    runner = SimpleNamespace(model=torch.nn.ModuleList(layers), dtype=torch.bfloat16)
+    backend = TritonAttnBackend(runner, runtime)
+    backend.runtime, backend.data_parallel = runtime, False
+    backend.token_to_kv_pool = SimpleNamespace(dtype=cache)
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(9, 64, dtype=torch.int32))
+    backend.compile_ahead([1, 3])
+    expected: list[Any] = []
+    for batch in (1, 3):
+        token = [(batch, 2, 8)] * 2 if cache == torch.bfloat16 else None
+        run = [(layer, (batch, 4, 8), token) for layer in (0, 2)]
+        expected += [(batch, "selects"), "seal", *run]
+        expected += [(batch, "dense"), *run] if min_step_mb else []
+    assert runtime.asked == expected
+
+
+def graph_runner(backend: Any, mode: ForwardMode = ForwardMode.DECODE) -> SimpleNamespace:
+    return SimpleNamespace(
+        capture_forward_mode=mode,
+        attn_backend=SimpleNamespace(decode_backend=backend),
+        capture_bs=[1, 2, 8],
+    )
+
+
+def test_the_sizes_of_a_runner_are_compiled() -> None:
+    asked: list[list[int]] = []
+    ours = SimpleNamespace(wants_dense_graphs=False, compile_ahead=asked.append)
+    _compile(graph_runner(ours, ForwardMode.TARGET_VERIFY))
+    _compile(graph_runner(SimpleNamespace()))
+    assert asked == []
+    _compile(graph_runner(ours))
+    assert asked == [[1, 2, 8]]
+
+
+def test_a_failure_leaves_it_to_the_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(sizes: list[int]) -> None:
+        raise RuntimeError("no compiler")
+
+    ours = SimpleNamespace(wants_dense_graphs=False, compile_ahead=fail)
+    with caplog.at_level(logging.WARNING, "twilight_sgl.patches.compile_ahead"):
+        _compile(graph_runner(ours))
+    assert "compiling ahead failed" in caplog.text
+    assert "no compiler" in caplog.text
