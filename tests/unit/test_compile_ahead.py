@@ -1,82 +1,83 @@
 """Kernels of decode graphs are compiled before the first is captured, and nothing runs for it."""
 
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from twilight_sgl.attention.backend import TritonAttnBackend
 from twilight_sgl.config import TwilightConfig
 from twilight_sgl.kernels import launch
 from twilight_sgl.patches.compile_ahead import _compile
 
-HOPPER = SimpleNamespace(
-    get_current_device=lambda: 0,
-    get_current_stream=lambda device: 0,
-    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+SCRIPT = """
+from types import SimpleNamespace
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from twilight_sgl.kernels.launch import compiling_ahead, launch
+
+driver.set_active(
+    SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+)
+compiled = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **call: compiled.append(
+    call["compile"]["constants"][(2,)]
 )
 
 
-def _double(values_ptr, count, BLOCK: tl.constexpr):
+@triton.jit
+def double(values_ptr, count, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     values = tl.load(values_ptr + index, index < count)
     tl.store(values_ptr + index, values * 2, index < count)
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[list[int]]:
-    """BLOCK of each variant that is compiled, for a GPU that is not there."""
-    sizes: list[int] = []
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    monkeypatch.setattr(
-        triton.knobs.runtime,
-        "jit_post_compile_hook",
-        lambda **call: sizes.append(call["compile"]["constants"][(2,)]),
+values = torch.ones(40)
+with compiling_ahead():
+    for block in (16, 3, 64, 16):  # 3 is no power of two
+        launch(double, 5)(values, 40, BLOCK=block)
+assert sorted(compiled) == [16, 64], compiled
+assert values.eq(1).all()
+double.warmup(values, 40, BLOCK=64, grid=(1,))
+assert len(compiled) == 2, "compiled again"
+try:
+    launch(double, 5)(values, 40, BLOCK=3)
+except triton.CompilationError as error:
+    print(error.error_message)
+"""
+
+
+def test_launches_compile_and_nothing_else(tmp_path: Path) -> None:
+    """For a GPU that is not there, in a process that has not run Triton's interpreter."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    driver.set_active(HOPPER)
-    yield sizes
-    driver._active = None
-
-
-def test_launches_compile_and_nothing_else(compiled: list[int]) -> None:
-    kernel = triton.jit(_double)
-    values = torch.ones(40)
-    with launch.compiling_ahead():
-        for block in (16, 64, 16):
-            launch.launch(kernel, 3)(values, 40, BLOCK=block)
-    assert sorted(compiled) == [16, 64]
-    assert values.eq(1).all()
-    kernel.warmup(values, 40, BLOCK=64, grid=(1,))
-    assert sorted(compiled) == [16, 64], "compiled again"
-
-
-def test_what_does_not_compile_says_so_where_it_is_launched(compiled: list[int]) -> None:
-    kernel = triton.jit(_double)
-    values = torch.ones(4)
-    with launch.compiling_ahead():
-        for block in (3, 16):  # no power of two, and one
-            launch.launch(kernel, 1)(values, 4, BLOCK=block)
-    assert compiled == [16]
-    with pytest.raises(triton.CompilationError, match="power of 2"):
-        kernel[(1,)](values, 4, BLOCK=3)
-
-
-def test_kernels_are_launched_again_after_an_error() -> None:
-    kernel = Kernel()
-    with pytest.raises(ZeroDivisionError), launch.compiling_ahead():
-        raise ZeroDivisionError
-    launch.launch(kernel, 2)(1)
-    assert kernel.asked == [("launch", (2,), (1,), {})]
+    assert done.returncode == 0, done.stderr
+    assert "power of 2" in done.stdout, "what does not compile says so where it is launched"
 
 
 class Kernel:
@@ -90,6 +91,14 @@ class Kernel:
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         return lambda *args, **options: self.asked.append(("launch", grid, args, options))
+
+
+def test_kernels_are_launched_again_after_an_error() -> None:
+    kernel = Kernel()
+    with pytest.raises(ZeroDivisionError), launch.compiling_ahead():
+        raise ZeroDivisionError
+    launch.launch(kernel, 2)(1)
+    assert kernel.asked == [("launch", (2,), (1,), {})]
 
 
 def test_a_compiled_launch_is_none_of_one_that_was_compiled_ahead() -> None:
