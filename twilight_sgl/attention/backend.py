@@ -159,7 +159,8 @@ class TritonAttnBackend(TwilightAttnBackend):
     def compile_ahead(self, batch_sizes: Sequence[int]) -> None:
         """Compile what steps of these sizes launch, before graphs of them are captured.
 
-        Attention sinks come with a call: layers that have some are compiled when first captured.
+        Some of it only a call tells: where layers have attention sinks, or a model's own kernel
+        writes keys and values, the kernels that differ by it are compiled as graphs are captured.
         """
         table = self.req_to_token_pool.req_to_token
         rows = torch.zeros(max(batch_sizes), dtype=torch.int64, device=table.device)
