@@ -34,7 +34,8 @@ def test_steps_compile_nothing_more(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     backend = object.__new__(TritonAttnBackend)
     backend.runtime, backend.data_parallel, backend._dtype = runtime, False, DTYPE
     backend.token_to_kv_pool = SimpleNamespace(dtype=DTYPE)
-    backend.req_to_token_pool = SimpleNamespace(req_to_token=served.table)
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=served.table, size=4)
+    backend._allocator = SimpleNamespace(free_pages=torch.arange(9, device="cuda"), page_size=PS)
     backend._layer_of_kind = {runtime.pool.has_layer(each.layer_id): each for each in layers}
     sealed, keys = runtime.pool.sealed.clone(), runtime.cache_of(LAYERS[0]).keys.clone()
 

@@ -28,6 +28,7 @@ from twilight_sgl.attention.plan import DecodePlan, LayerCache
 from twilight_sgl.attention.triton_pipeline import TritonDecode
 from twilight_sgl.kernels.decode.program import decode_kernel
 from twilight_sgl.kernels.decode.triton import _tiling
+from twilight_sgl.kernels.launch import compiling_ahead
 from twilight_sgl.kernels.row import Token
 from twilight_sgl.kernels.seal.reference import summarize
 from twilight_sgl.kernels.seal.triton import layer_pointers, seal_pages
@@ -267,7 +268,9 @@ def test_no_batch_of_prompts_compiles_its_allocation(monkeypatch: pytest.MonkeyP
     allocator = PagedTokenToKVPoolAllocator(
         pages * size, size, torch.bfloat16, "cuda", SimpleNamespace(), False
     )
-    compile_extend(allocator, 9)
+    with compiling_ahead():
+        compile_extend(allocator.free_pages, size, 9)
+    assert len(allocator.free_pages) == pages
     compiled = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **call: compiled.append(call["fn"])

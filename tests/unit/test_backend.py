@@ -43,7 +43,9 @@ def test_layers_without_a_kernel_of_ours_are_the_stock_backends(
     assert list(full) == [layer for layer, window in enumerate(windows) if window < 0]
     assert list(selecting_layers(model, TwilightConfig(skip_layers=(0,)))) == list(full)[1:]
     monkeypatch.setattr(TwilightAttnBackend, "__init__", lambda *_: None)
-    runner = SimpleNamespace(model=model, dtype=torch.bfloat16)
+    runner = SimpleNamespace(
+        model=model, dtype=torch.bfloat16, token_to_kv_pool_allocator=SimpleNamespace()
+    )
     pool = SimpleNamespace(has_layer=full.__contains__)
     runtime = SimpleNamespace(serves=full.__contains__, pool=pool)
     assert TritonAttnBackend(runner, runtime).has_stock_layers == (128 in windows)

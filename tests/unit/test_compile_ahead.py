@@ -147,12 +147,23 @@ def test_steps_of_every_size_are_compiled(
     layers = [RadixAttention(4, 8, 0.5, 2, layer) for layer in range(4)]  # 3 is SGLang's
     runtime = Steps()
     runtime.config = TwilightConfig(min_step_mb=min_step_mb, min_context_tokens=0)
-    runner = SimpleNamespace(model=torch.nn.ModuleList(layers), dtype=torch.bfloat16)
+    allocator = SimpleNamespace(free_pages=torch.arange(3), page_size=16)
+    runner = SimpleNamespace(
+        model=torch.nn.ModuleList(layers),
+        dtype=torch.bfloat16,
+        token_to_kv_pool_allocator=allocator,
+    )
     backend = TritonAttnBackend(runner, runtime)
     backend.runtime, backend.data_parallel = runtime, False
     backend.token_to_kv_pool = SimpleNamespace(dtype=cache)
-    backend.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(9, 64, dtype=torch.int32))
+    table = torch.zeros(9, 64, dtype=torch.int32)
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=table, size=8)
+    of_prompts: list[Any] = []
+    monkeypatch.setattr(
+        "twilight_sgl.attention.backend.compile_extend", lambda *given: of_prompts.append(given)
+    )
     backend.compile_ahead([1, 3])
+    assert of_prompts == [(allocator.free_pages, 16, 8)]
     expected: list[Any] = []
     for batch in (1, 3):
         token = [(batch, 2, 8)] * 2 if cache == torch.bfloat16 else None

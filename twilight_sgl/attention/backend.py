@@ -141,6 +141,7 @@ class TritonAttnBackend(TwilightAttnBackend):
             for layer in served
         }
         self._dtype = model_runner.dtype
+        self._allocator = full_attention_allocator(model_runner.token_to_kv_pool_allocator)
 
     @property
     def wants_dense_graphs(self) -> bool:
@@ -157,10 +158,11 @@ class TritonAttnBackend(TwilightAttnBackend):
         self.runtime.reserve(max_bs)
 
     def compile_ahead(self, batch_sizes: Sequence[int]) -> None:
-        """Compile what steps of these sizes launch, before graphs of them are captured.
+        """Compile what gives prompts their pages, and what steps of these sizes launch.
 
-        Some of it only a call tells: where layers have attention sinks, or a model's own kernel
-        writes keys and values, the kernels that differ by it are compiled as graphs are captured.
+        It comes before graphs of them are captured. Some of it only a call tells: where layers have
+        attention sinks, or a model's own kernel writes keys and values, the kernels that differ by
+        it are compiled as graphs are captured.
         """
         table = self.req_to_token_pool.req_to_token
         rows = torch.zeros(max(batch_sizes), dtype=torch.int64, device=table.device)
@@ -172,6 +174,8 @@ class TritonAttnBackend(TwilightAttnBackend):
                         self.runtime.seal_claimed()
                     for layer in self._layer_of_kind.values():
                         self._compile_layer(layer, batch)
+            allocator, most = self._allocator, self.req_to_token_pool.size
+            compile_extend(allocator.free_pages, allocator.page_size, most)
 
     def _compile_layer(self, layer: RadixAttention, batch: int) -> None:
         shapes = (
@@ -341,10 +345,7 @@ def create_backend(model_runner: Any) -> TwilightAttnBackend:
         backend.runtime.reports_requests = False
     model_runner.twilight = backend.runtime
     model_runner.req_to_token_pool.twilight = backend.runtime
-    allocator = full_attention_allocator(model_runner.token_to_kv_pool_allocator)
-    allocator.twilight = backend.runtime
-    if table.is_cuda:
-        compile_extend(allocator, model_runner.req_to_token_pool.size)
+    full_attention_allocator(model_runner.token_to_kv_pool_allocator).twilight = backend.runtime
     return backend
 
 
