@@ -15,7 +15,9 @@ def _compile(runner: Any) -> None:
     if backend is None:
         return
     sizes = runner.capture_bs
-    logger.info("Twilight: compiling kernels for %d batch sizes, once on a machine", len(sizes))
+    logger.info(
+        "Twilight: compiling kernels for %d batch sizes, unless Triton's cache has them", len(sizes)
+    )
     start = time.perf_counter()
     try:
         backend.compile_ahead(sizes)

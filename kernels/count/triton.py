@@ -113,7 +113,7 @@ def _count_row(
     tl.store(sums_ptr + 4, reused.to(tl.float64))
 
 
-@triton.jit(do_not_specialize_on_alignment=["batch"])  # the code is the same
+@triton.jit(do_not_specialize_on_alignment=["batch"])  # multiples of 16 have the same code
 def _count_kernel(
     candidate_tokens_ptr,
     kept_tokens_ptr,

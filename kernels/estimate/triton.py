@@ -16,7 +16,7 @@ from twilight_sgl.kernels.launch import (
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=["batch"])  # the code is the same
+@triton.jit(do_not_specialize_on_alignment=["batch"])  # multiples of 16 have the same code
 def _estimate_kernel(
     q_ptr,
     keys_ptr,

@@ -117,7 +117,7 @@ def server_flags(
     return (*flags, *extra)
 
 
-def tokens_at_once(load: Load, max_tokens: int, shared_prefix: int = 0) -> int:
+def tokens_at_once(load: Load, max_tokens: int, shared_prefix: int) -> int:
     """Tokens of KV cache that all requests of a load take, of a prefix that they share once."""
     return shared_prefix + load.requests * (load.prompt_tokens - shared_prefix + max_tokens)
 
