@@ -4,12 +4,13 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 
 def is_interpreted() -> bool:
@@ -71,6 +72,30 @@ def launch_options(num_warps: int, max_registers: int | None = None) -> dict[str
 _ahead = False  # whether launches only compile
 
 
+class _Compilers:
+    """Compile kernels, and with each the C module that launches it, in a pool of threads.
+
+    Triton builds that module when a kernel is first launched, in a third of a second.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._launchers: set[Hashable] = set()
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        """What Triton wants of a pool."""
+        return self._pool.submit(self._compile, compile_kernel)
+
+    def _compile(self, compile_kernel: Callable[[], Any]) -> Any:
+        kernel = compile_kernel()
+        launcher = kernel.src.fn, tuple(kernel.src.signature.values())
+        if launcher not in self._launchers:  # one for variants that only constants tell apart
+            self._launchers.add(launcher)
+            with contextlib.suppress(Exception):
+                driver.active.launcher_cls(kernel.src, kernel.metadata)
+        return kernel
+
+
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[None]:
     """Launches inside compile their kernels, on all CPUs at a time, and launch nothing.
@@ -79,8 +104,10 @@ def compiling_ahead() -> Iterator[None]:
     does not compile is passed over, and says why where it is launched.
     """
     global _ahead
-    cpus = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cpus) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        triton.AsyncCompileMode(_Compilers(pool), ignore_errors=True),
+    ):
         _ahead = True
         try:
             yield

@@ -29,8 +29,10 @@ from triton.runtime import driver
 
 from twilight_sgl.kernels.launch import compiling_ahead, launch
 
+launchers = []
 driver.set_active(
     SimpleNamespace(
+        launcher_cls=lambda src, metadata: launchers.append(src.fn.__name__),
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -54,9 +56,14 @@ with compiling_ahead():
     for block in (16, 3, 64, 16):  # 3 is no power of two
         launch(double, 5)(values, 40, BLOCK=block)
 assert sorted(compiled) == [16, 64], compiled
+assert launchers == ["double"], "the same for both"
 assert values.eq(1).all()
 double.warmup(values, 40, BLOCK=64, grid=(1,))
 assert len(compiled) == 2, "compiled again"
+del driver.active.launcher_cls
+with compiling_ahead():  # of its own, as its values are of another type
+    launch(double, 5)(values.half(), 40, BLOCK=16)
+assert len(compiled) == 3, "a launcher that cannot be built is passed over"
 try:
     launch(double, 5)(values, 40, BLOCK=3)
 except triton.CompilationError as error:
