@@ -24,7 +24,8 @@ SPENT = {"candidate_share": 0.25, "kept_share": 0.05}
 
 def row(**changes: Any) -> dict[str, Any]:
     dense = {"twilight": None, "budget": None, "steps": None, "gpus": 1, "kv_cache_dtype": "auto"}
-    return {"requests": 3, "prompt_tokens": 1024, **dense, **changes}
+    load = {"requests": 3, "prompt_tokens": 1024, "shared_prefix_tokens": 0}
+    return {**load, **dense, **changes}
 
 
 def sparse(dense_steps: int = 0, **config: Any) -> dict[str, Any]:
@@ -52,6 +53,14 @@ def test_layers_that_select_read_bounds_candidates_and_what_they_keep(
     selecting = bounds + 0.25 * weighed + 0.05 * ATTENDED
     expected = 1000 + TOKENS * 2 * (ATTENDED + 3 * selecting)
     assert step_bytes(MODEL, sparse(**config)) == pytest.approx(expected)
+
+
+def test_what_requests_share_is_read_once() -> None:
+    apart, shared = row(prompt_tokens=24), row(shared_prefix_tokens=1000)
+    of_prefix = 1000 * 2 * 4 * ATTENDED
+    assert step_bytes(MODEL, shared) == step_bytes(MODEL, apart) + of_prefix
+    keeps = step_bytes(MODEL, sparse() | {"requests": 1, "prompt_tokens": 1000 + 3 * 24})
+    assert step_bytes(MODEL, sparse() | {"shared_prefix_tokens": 1000}) == pytest.approx(keeps)
 
 
 def test_dense_steps_count_for_their_share() -> None:

@@ -285,8 +285,9 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     floor = ""
     if with_floor:
         floor = (
-            "Floor: in which a copy moves what a step must read, that is weights, each request's "
-            "keys and values, and of layers that select bounds and estimates too. "
+            "Floor: in which a copy moves what a step must read, that is weights, keys and values "
+            "(of a prefix that requests share once), and of layers that select bounds and "
+            "estimates too. "
         )
     cut = (
         "" if rows[0].get("complete", True) else "Not all of the run: it goes on or was cut short. "

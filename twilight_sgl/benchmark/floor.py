@@ -54,8 +54,9 @@ def step_bytes(model: Model, row: Mapping[str, Any]) -> float:
     """Bytes that a step of a row of the decode benchmark must read, on average over its steps.
 
     The weights, and of each layer the keys and values that it attends to; of one that selects also
-    the bounds of all pages and what candidates are weighed by. What requests have added to their
-    prompts, and what is written, is left out.
+    the bounds of all pages and what candidates are weighed by. A prefix that requests share counts
+    once, as if they chose the same of it. What requests have added to their prompts, and what is
+    written, is left out.
     """
     is_float8 = "fp8" in (row["kv_cache_dtype"] or "")
     key_dtype = torch.float8_e4m3fn if is_float8 else model.dtype
@@ -77,7 +78,8 @@ def step_bytes(model: Model, row: Mapping[str, Any]) -> float:
         skipped = len({layer for layer in config["skip_layers"] if layer < model.layers})
         sparse = skipped * attended + (model.layers - skipped) * selecting
         of_layers += (1 - steps["dense"] / steps["decode"]) * (sparse - of_layers)
-    tokens = row["requests"] * row["prompt_tokens"]
+    shared = row["shared_prefix_tokens"]
+    tokens = shared + row["requests"] * (row["prompt_tokens"] - shared)
     return model.weight_bytes + tokens * model.heads_kv * of_layers
 
 
