@@ -80,7 +80,7 @@ class _Compilers:
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
-        self._launchers: set[Hashable] = set()
+        self._first: dict[Hashable, Any] = {}  # kernel of each kind of launcher
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
         """What Triton wants of a pool."""
@@ -89,8 +89,7 @@ class _Compilers:
     def _compile(self, compile_kernel: Callable[[], Any]) -> Any:
         kernel = compile_kernel()
         launcher = kernel.src.fn, tuple(kernel.src.signature.values())
-        if launcher not in self._launchers:  # one for variants that only constants tell apart
-            self._launchers.add(launcher)
+        if self._first.setdefault(launcher, kernel) is kernel:  # constants are not part of it
             with contextlib.suppress(Exception):
                 driver.active.launcher_cls(kernel.src, kernel.metadata)
         return kernel
