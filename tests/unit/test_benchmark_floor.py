@@ -24,7 +24,7 @@ SPENT = {"candidate_share": 0.25, "kept_share": 0.05}
 
 def row(**changes: Any) -> dict[str, Any]:
     dense = {"twilight": None, "budget": None, "steps": None, "gpus": 1, "kv_cache_dtype": "auto"}
-    load = {"requests": 3, "prompt_tokens": 1024, "shared_prefix_tokens": 0}
+    load = {"load": "3x1k", "requests": 3, "prompt_tokens": 1024, "shared_prefix_tokens": 0}
     return {**load, **dense, **changes}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from twilight_sgl.benchmark.model_files import attention_shape, weight_bytes
+from twilight_sgl.benchmark.prompts import Load, tokens_needed
 from twilight_sgl.pages.pool import bounds_dtype
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -78,8 +79,8 @@ def step_bytes(model: Model, row: Mapping[str, Any]) -> float:
         skipped = len({layer for layer in config["skip_layers"] if layer < model.layers})
         sparse = skipped * attended + (model.layers - skipped) * selecting
         of_layers += (1 - steps["dense"] / steps["decode"]) * (sparse - of_layers)
-    shared = row["shared_prefix_tokens"]
-    tokens = shared + row["requests"] * (row["prompt_tokens"] - shared)
+    load = Load(row["load"], row["requests"], row["prompt_tokens"])
+    tokens = tokens_needed(load, row["shared_prefix_tokens"])
     return model.weight_bytes + tokens * model.heads_kv * of_layers
 
 

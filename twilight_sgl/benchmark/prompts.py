@@ -60,7 +60,7 @@ def encode_tokens(encode: Callable[[str], list[int]], text: str, tokens: int) ->
 
 
 def tokens_needed(load: Load, shared_prefix: int) -> int:
-    """Tokens of text that give each request a slice of its own."""
+    """Tokens of all prompts, what they share once: each has a slice of its own of the text."""
     return shared_prefix + load.requests * (load.prompt_tokens - shared_prefix)
 
 

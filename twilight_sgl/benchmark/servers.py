@@ -15,7 +15,7 @@ from random import SystemRandom
 from typing import Any
 
 from twilight_sgl.benchmark.model_files import attention_shape, weight_bytes
-from twilight_sgl.benchmark.prompts import Load
+from twilight_sgl.benchmark.prompts import Load, tokens_needed
 from twilight_sgl.benchmark.streaming import MeasurementError
 from twilight_sgl.errors import TwilightError
 from twilight_sgl.pages.pool import summary_bytes_per_token
@@ -119,7 +119,7 @@ def server_flags(
 
 def tokens_at_once(load: Load, max_tokens: int, shared_prefix: int) -> int:
     """Tokens of KV cache that all requests of a load take, of a prefix that they share once."""
-    return shared_prefix + load.requests * (load.prompt_tokens - shared_prefix + max_tokens)
+    return tokens_needed(load, shared_prefix) + load.requests * max_tokens
 
 
 def pool_tokens(loads: Sequence[Load], max_tokens: int, shared_prefix: int = 0) -> int:
